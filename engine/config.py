@@ -1,0 +1,201 @@
+"""What a caller asks for and what comes back: small frozen values, validated where they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image as PILImage
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+def _finite(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidRequest(f"{name}: expected a finite number, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: a path, encoded bytes, a Pillow image, or an (H, W, 3) uint8 array."""
+
+    source: str | Path | bytes | PILImage | np.ndarray
+
+
+@dataclass(frozen=True)
+class Video:
+    """A clip. `frames` or `fps`, not both; neither takes the model's default number of frames.
+
+    `start` and `end` are seconds; `strict` refuses a damaged file instead of using its readable part.
+    """
+
+    source: str | Path
+    frames: int | None = None
+    fps: float | None = None
+    start: float = 0.0
+    end: float | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.frames is not None and self.fps is not None:
+            raise InvalidRequest("frames and fps exclude each other: give one of them")
+        if self.frames is not None and (not isinstance(self.frames, int) or self.frames < 1):
+            raise InvalidRequest(f"frames: expected a whole number of at least 1, got {self.frames!r}")
+        if self.fps is not None:
+            _finite("fps", self.fps)
+            if self.fps <= 0:
+                raise InvalidRequest(f"fps: expected a number above 0, got {self.fps}")
+        _finite("start", self.start)
+        if self.start < 0:
+            raise InvalidRequest(f"start: expected at least 0 s, got {self.start}")
+        if self.end is not None:
+            _finite("end", self.end)
+            if self.end <= self.start:
+                raise InvalidRequest(f"end: expected more than start ({self.start} s), got {self.end} s")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    `seed` drives a private generator that is seeded anew for every turn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise InvalidRequest(f"{name}: expected a whole number of at least {low}, got {value!r}")
+        _finite("temperature", self.temperature)
+        _finite("top_p", self.top_p)
+        if self.temperature < 0:
+            raise InvalidRequest(f"temperature: expected at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InvalidRequest(f"stop: expected non-empty strings in a tuple, got {self.stop!r}")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Fractions of visual tokens removed: `prefill` of the encoder's, `decode` of those left in the cache.
+
+    `scope` says over what prefill ranks the frames of a video: each frame on its own, or all at once.
+    `rerotate` re-rotates gathered keys to contiguous positions (an ablation; the method leaves them alone).
+    Source: arXiv 2510.17777, section 3.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    method: str = "sparsevila"
+    scope: Literal["per_frame", "global"] = "per_frame"
+
+    def __post_init__(self) -> None:
+        for name in ("prefill", "decode"):
+            value = getattr(self, name)
+            _finite(f"{name} sparsity", value)
+            if not 0 <= value < 1:
+                raise InvalidRequest(f"{name} sparsity: expected 0 <= x < 1, got {value}")
+        if self.scope not in ("per_frame", "global"):
+            raise InvalidRequest(f"scope: expected 'per_frame' or 'global', got {self.scope!r}")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one turn cost. Times in seconds, sizes in bytes; counts of visual tokens leave out structural ones."""
+
+    load_s: float = 0.0
+    decode_frames_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0  # media prefix and question
+    retrieval_s: float = 0.0  # ranking and compaction
+    ttft_s: float = 0.0  # from the call to the first token
+    decode_s: float = 0.0
+    prompt_tokens: int = 0  # prefilled in this turn
+    cached_tokens: int = 0  # found in the cache
+    visual_tokens_total: int = 0  # the encoder's
+    visual_tokens_kept: int = 0  # in the visual store
+    visual_tokens_active: float = 0.0  # read per decode step, mean over layers
+    structural_tokens: int = 0
+    output_tokens: int = 0
+    tokens_per_s: float = 0.0  # decode steps per second, the first token left out
+    peak_memory_bytes: int = 0
+    prefill_sparsity: float = 0.0
+    decode_sparsity: float = 0.0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. Exactly one last chunk of a stream has a `finish_reason` and `stats`."""
+
+    text: str
+    token_id: int | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    stats: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer."""
+
+    text: str
+    finish_reason: FinishReason
+    stats: Stats
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One media item of a session, as `/media` lists it."""
+
+    number: int  # from 1, as `drop` takes it
+    kind: str
+    source: str
+    width: int
+    height: int
+    frames: int
+    duration_s: float
+    tokens_total: int
+    tokens_kept: int
+    structural_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One remembered question and answer."""
+
+    question: str
+    answer: str
+    media: tuple[int, ...] = ()  # numbers of the items attached with the question
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is loaded, for banners and bug reports."""
+
+    model: str  # what the caller asked for
+    architecture: str
+    folder: str
+    scheme: str  # "bf16", "float32", later "W8A8 / W4A16"
+    device: str
+    parameters: int
+    weight_bytes: int
+    max_context: int
+    load_s: float
+    notes: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,152 @@
+"""The values that travel between files, and what a vision-language model must offer.
+
+Every value is frozen. Where a visual token came from travels with it (`TokenMap`) and is
+never guessed again from a length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a long stage. `total` is None where it is not known beforehand."""
+
+    stage: str  # "load", "decode", "encode", "prefill"
+    done: int
+    total: int | None
+    unit: str  # "bytes", "frames", "tokens"
+
+
+# Called between units of work; it may raise, and what it raises stops the work. That is how a turn is cancelled.
+ProgressFn = Callable[[Progress], None]
+
+
+def no_progress(_: Progress) -> None:
+    """The progress callback of callers that want none."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded media: an image is one frame at time 0."""
+
+    kind: MediaKind
+    rgb: np.ndarray  # (T, H, W, 3) uint8, rotation applied
+    timestamps: np.ndarray  # (T,) float64 seconds from the start of the file, increasing
+    source: str  # what the user typed, or "<bytes>", "<array>"; for display only, never a cache key
+    duration_s: float  # of the whole file; 0 for an image
+    key: str  # sha256 hex over kind, shape, timestamps and pixels: the identity of this media in caches
+    notes: tuple[str, ...] = ()  # plain sentences for the user, e.g. "3 frames used: the clip has no more"
+
+    def __post_init__(self) -> None:
+        if self.rgb.ndim != 4 or self.rgb.shape[-1] != 3 or self.rgb.dtype != np.uint8:
+            raise ValueError(f"expected rgb (T, H, W, 3) uint8, got {self.rgb.shape} {self.rgb.dtype}")
+        if self.timestamps.shape != (self.rgb.shape[0],):
+            raise ValueError(f"expected {self.rgb.shape[0]} timestamps, got shape {self.timestamps.shape}")
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Where each of N visual tokens comes from, in source-picture fractions."""
+
+    media: Tensor  # (N,) int32, number of the media item in the session, from 0
+    frame: Tensor  # (N,) int32, index into Frames.rgb
+    box: Tensor  # (N, 4) float32: y0, x0, y1, x1 as fractions of the source picture
+    structural: Tensor  # (N,) bool: an image_newline or a frame separator; always attended, never ranked
+    line: Tensor  # (N,) int32: the row whose newline closes it, -1 where no newline does
+
+    def __len__(self) -> int:
+        return self.frame.shape[0]
+
+    @property
+    def num_visual(self) -> int:
+        """Tokens that can be pruned and ranked: all but the structural ones."""
+        return int((~self.structural).sum())
+
+    def select(self, keep: Tensor) -> TokenMap:
+        """The map of the tokens `keep` (k,) int64, in that order."""
+        return TokenMap(*(getattr(self, f.name)[keep] for f in dataclasses.fields(self)))
+
+    def with_media(self, media: int) -> TokenMap:
+        """The same map under the media number `media`."""
+        return dataclasses.replace(self, media=torch.full_like(self.media, media))
+
+    @staticmethod
+    def concat(maps: Sequence[TokenMap]) -> TokenMap:
+        """One map after the other; an empty sequence gives an empty map."""
+        if not maps:
+            i32, empty = torch.int32, torch.empty
+            return TokenMap(empty(0, dtype=i32), empty(0, dtype=i32), empty(0, 4), empty(0, dtype=torch.bool), empty(0, dtype=i32))
+        return TokenMap(*(torch.cat([getattr(m, f.name) for m in maps]) for f in dataclasses.fields(TokenMap)))
+
+
+@dataclass(frozen=True)
+class VisualInputs:
+    """What a model's preprocessing made of one media item."""
+
+    kind: MediaKind
+    pixels: Tensor  # (tiles, 3, H, W) float32 on the CPU, normalised; tiles are frames for a video
+    layout: tuple[int, ...]  # the model's own note for `encode`, e.g. the tile grid and the unpadding
+    token_map: TokenMap  # of the tokens that `encode` will return, media number 0
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Encoded media. Features are the vision tower's where the projector is per token."""
+
+    features: Tensor  # (N, D); rows of structural tokens are zero and are filled by the model's `embed_visual`
+    token_map: TokenMap  # N tokens
+    saliency: Tensor | None  # (N,) float32, attention received in the encoder; 0 for structural tokens
+
+    def __post_init__(self) -> None:
+        if self.features.shape[0] != len(self.token_map):
+            raise ValueError(f"expected one feature per token, got {self.features.shape[0]} for {len(self.token_map)}")
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def select(self, keep: Tensor) -> VisualTokens:
+        """The tokens `keep` (k,) int64; positions in the source travel along."""
+        saliency = None if self.saliency is None else self.saliency[keep]
+        return VisualTokens(self.features[keep], self.token_map.select(keep), saliency)
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token by name, e.g. `Special("</s>")`. What a user types is never one."""
+
+    name: str
+
+
+# A prompt before tokenising: text as it stands, or a special token.
+PromptPiece = str | Special
+
+
+class PromptFormat(Protocol):
+    """How one family writes a conversation. Pure functions of text: no tokenizer, no cache."""
+
+    def opening(self, *, first: bool, system: str | None) -> list[PromptPiece]:
+        """What stands before a user's media or text; `first` for the first turn of a conversation."""
+        ...
+
+    def between_media(self) -> list[PromptPiece]:
+        """What stands between two media of one turn."""
+        ...
+
+    def question(self, text: str, *, after_media: bool) -> list[PromptPiece]:
+        """The user's text up to the point where the answer begins."""
+        ...
+
+    def closing(self) -> list[PromptPiece]:
+        """What stands after an answer, before the next turn's opening."""
+        ...
