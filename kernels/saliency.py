@@ -1,0 +1,42 @@
+"""Attention that each key receives: the column mean of an attention matrix that is never built.
+
+    saliency[b, n] = mean_h mean_m softmax_n(scale * q[b, h, m] . k[b, h, n])
+
+Full softmax first; a caller that wants patches alone slices the columns afterwards. An encoder with a summary
+token passes its row (CLIP) or rows (RADIO) as q, one without passes all rows (SigLIP, Qwen ViT).
+Given the log-sum-exp of each row it is one pass over tiles: p = exp(s - lse), summed over rows.
+Source: arXiv 2510.17777, section 3.1. Sizes: B pictures, H heads, M query rows, N keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS_PER_TILE = 256  # bounds the tile of scores to 256 N floats a head
+
+
+def saliency(q: Tensor, k: Tensor, *, lse: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Mean attention each key receives.
+
+    q (B, H, M, D), k (B, H, N, D), same dtype; lse (B, H, M) float32 if an attention pass already knows it.
+    `scale` defaults to 1/sqrt(D). Returns (B, N) float32; each row sums to 1. Raises ValueError if shapes disagree.
+    """
+    B, H, M, D = q.shape
+    if k.shape[:2] != (B, H) or k.shape[3] != D or M == 0:
+        raise ValueError(f"expected q (B, H, M > 0, D) and k (B, H, N, D), got {tuple(q.shape)} and {tuple(k.shape)}")
+    scale = D**-0.5 if scale is None else scale
+    keys = k.float().transpose(2, 3)  # (B, H, D, N)
+    total = torch.zeros(B, k.shape[2], dtype=torch.float32, device=q.device)
+    for m in range(0, M, _ROWS_PER_TILE):
+        rows = slice(m, m + _ROWS_PER_TILE)
+        s = q[:, :, rows].float() @ keys * scale  # (B, H, rows, N)
+        row_lse = torch.logsumexp(s, dim=-1) if lse is None else lse[:, :, rows]
+        total += torch.exp(s - row_lse[..., None]).sum(dim=(1, 2))
+    return total / (H * M)
+
+
+def saliency_ref(q: Tensor, k: Tensor, *, lse: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The definition in float64, with the whole matrix; `lse` is not needed."""
+    s = q.double() @ k.double().transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return s.softmax(-1).mean(dim=(1, 2))

@@ -1,0 +1,132 @@
+"""Every op against its float64 definition on awkward shapes, with tolerances from the dtype."""
+
+import pytest
+import torch
+from sparsevila.kernels.attention import attention, attention_ref, merge_attention
+from sparsevila.kernels.compaction import compaction, compaction_ref
+from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
+from sparsevila.kernels.retrieval import retrieval, retrieval_ref
+from sparsevila.kernels.rms_norm import rms_norm, rms_norm_ref
+from sparsevila.kernels.rope import rope, rope_ref
+from sparsevila.kernels.saliency import saliency, saliency_ref
+from sparsevila.kernels.top_k import top_k, top_k_ref
+
+# Relative to the largest value of the reference; bfloat16 keeps 8 bits, float32 24.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+LSE_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-5}  # the op scales bfloat16 scores before it widens them
+DTYPES = list(TOLERANCE)
+SHAPES = [(4, 2, 1, 7, 64), (28, 4, 17, 130, 72), (3, 3, 33, 513, 80), (8, 1, 130, 4100, 32)]  # H, H_kv, M, N, D
+
+
+def rand(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).to(dtype)
+
+
+def assert_close(got, want, dtype, tolerance=None):
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    error = (got.double() - want).abs().max() / want.abs().max()
+    assert error < (tolerance or TOLERANCE[dtype]), f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "H_kv", "M", "N", "D"), SHAPES)
+class TestAttention:
+    def test_segment(self, H, H_kv, M, N, D, dtype):
+        q, k, v = (rand(h, n, D, dtype=dtype) for h, n in ((H, M), (H_kv, N), (H_kv, N)))
+        out, lse = attention(q, k, v, causal=False)
+        want, want_lse = attention_ref(q, k, v, causal=False)
+        assert_close(out, want, dtype)
+        assert lse.dtype == torch.float32
+        assert_close(lse, want_lse, dtype, LSE_TOLERANCE[dtype])
+
+    def test_causal(self, H, H_kv, M, N, D, dtype):
+        q, k, v = (rand(h, M, D, dtype=dtype) for h in (H, H_kv, H_kv))
+        out, lse = attention(q, k, v, causal=True)
+        want, want_lse = attention_ref(q, k, v, causal=True)
+        assert_close(out, want, dtype)
+        assert_close(lse, want_lse, dtype, LSE_TOLERANCE[dtype])
+
+    def test_merge(self, H, H_kv, M, N, D, dtype):
+        q, k, v = (rand(h, n, D, dtype=dtype) for h, n in ((H, M), (H_kv, N), (H_kv, N)))
+        cut = N // 3 or 1
+        parts = [attention(q, k[:, s], v[:, s], causal=False) for s in (slice(0, cut), slice(cut, N))]
+        out, lse = merge_attention(parts)
+        want, want_lse = attention_ref(q, k, v, causal=False)
+        assert_close(out, want, dtype)
+        assert_close(lse, want_lse, dtype, LSE_TOLERANCE[dtype])
+
+    def test_decode(self, H, H_kv, M, N, D, dtype):
+        q, k, v = rand(H, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype, scale=0.5)
+        for cut in {0, N // 4, N - 1}:
+            a, b = (k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])
+            assert_close(decode_attention(q, a, b), decode_attention_ref(q, a, b), dtype)
+
+    def test_retrieval(self, H, H_kv, M, N, D, dtype):
+        q, k = rand(H, M, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype)
+        lse = attention_ref(q, k, k, causal=False)[1].float() + 0.5  # keys beyond the visual ones take a share
+        got = retrieval(q, k, lse)
+        assert got.dtype == torch.float32
+        assert_close(got, retrieval_ref(q, k, lse), torch.float32)
+        assert got.sum() == pytest.approx(H * M * torch.tensor(-0.5).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "H", "M", "N", "D"), [(2, 4, 1, 17, 64), (1, 3, 577, 577, 64), (3, 2, 300, 130, 72)])
+def test_saliency(B, H, M, N, D, dtype):
+    q, k = rand(B, H, M, D, dtype=dtype, scale=2), rand(B, H, N, D, dtype=dtype)
+    want = saliency_ref(q, k)
+    assert_close(saliency(q, k), want, torch.float32)
+    scores = q.double() @ k.double().transpose(2, 3) * D**-0.5
+    assert_close(saliency(q, k, lse=scores.logsumexp(-1).float()), want, torch.float32)
+
+
+def test_saliency_and_retrieval_equal_flash_colreduce():
+    """The authors' definition: a mean over rows of the softmax; ours is a mean over heads as well."""
+    from flash_colreduce import naive_colreduce
+
+    q, k = rand(2, 4, 9, 64), rand(2, 4, 33, 64)
+    theirs = naive_colreduce(q, k, reduction="mean").mean(dim=1)
+    assert_close(saliency(q, k), theirs.double(), torch.float32)
+    # A question of 9 rows over [24 visual keys | itself]: causal and right-aligned, visual columns sliced afterwards.
+    causal = naive_colreduce(q, k, reduction="sum", is_causal=True)[0].sum(dim=0)[:24]
+    inside, lse_inside = attention(q[0], k[0, :, 24:], k[0, :, 24:], causal=True)
+    before, lse_before = attention(q[0], k[0, :, :24], k[0, :, :24], causal=False)
+    _, lse = merge_attention([(before, lse_before), (inside, lse_inside)])
+    assert_close(retrieval(q[0], k[0, :, :24], lse), causal.double(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 33, 128])
+def test_rms_norm(D, dtype):
+    x, weight = rand(7, D, dtype=dtype, scale=3), rand(D, dtype=dtype)
+    assert_close(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5), dtype)
+    with pytest.raises(ValueError, match="expected weight"):
+        rms_norm(x, weight[None], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [2, 72, 128])
+def test_rope(D, dtype):
+    x = rand(3, 17, D, dtype=dtype)
+    angle = torch.arange(17)[:, None] * torch.linspace(0.1, 1, D // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    assert_close(rope(x, cos, sin), rope_ref(x, cos, sin), dtype)
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_top_k_is_sorted_and_ties_go_low(k):
+    scores = torch.randint(0, 5, (6, 40), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(top_k(scores, k), top_k_ref(scores, k))
+    assert torch.equal(top_k(torch.zeros(1, 9), 4), torch.arange(4)[None])
+    with pytest.raises(ValueError, match="k 41"):
+        top_k(scores, 41)
+
+
+def test_compaction():
+    src, keep = rand(3, 19, 8), torch.tensor([0, 4, 5, 18])
+    got, want = torch.full((3, 7, 8), torch.nan), torch.full((3, 7, 8), torch.nan)
+    compaction(src, keep, got)
+    compaction_ref(src, keep, want)
+    assert torch.equal(got[:, :4], want[:, :4])
+    assert got[:, 4:].isnan().all()
