@@ -102,14 +102,21 @@ class Shape:
         return [[s, 2 * s], [2 * s, s], [2 * s, 2 * s], [3 * s, s], [s, 3 * s]]
 
 
-_CLIP_L_336 = {
-    "vision_hidden": 1024,
-    "vision_ffn": 4096,
-    "vision_layers": 24,
-    "vision_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+_VICUNA_7B = Shape(
+    model="llava_next",
+    vision_hidden=1024,
+    vision_ffn=4096,
+    vision_layers=24,
+    vision_heads=16,
+    image_size=336,
+    patch_size=14,
+    text_hidden=4096,
+    text_ffn=11008,
+    text_layers=32,
+    text_heads=32,
+    text_kv_heads=32,
+    vocab_size=32064,
+)
 PRESETS = {
     "demo": Shape(
         model="llava_next_video",
@@ -127,28 +134,16 @@ PRESETS = {
         head_dim=32,
         vocab_size=NUM_PIECES + NUM_SPARE_ROWS,
     ),
-    "0.5b": Shape(
-        model="llava_next",
-        **_CLIP_L_336,
+    "0.5b": replace(
+        _VICUNA_7B,
         text_hidden=1024,
         text_ffn=2816,
         text_layers=24,
         text_heads=16,
         text_kv_heads=4,
-        vocab_size=32064,
         max_positions=32768,
     ),
 }
-_VICUNA_7B = Shape(
-    model="llava_next",
-    **_CLIP_L_336,
-    text_hidden=4096,
-    text_ffn=11008,
-    text_layers=32,
-    text_heads=32,
-    text_kv_heads=32,
-    vocab_size=32064,
-)
 
 
 def preset(name: str) -> Shape:
@@ -434,7 +429,7 @@ def _write_weights(folder: Path, shape: Shape, seed: int, dtype: torch.dtype, ma
         shard_bytes += size
         total_bytes += size
     generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _draw(name, draw, generator, dtype) for name, draw in shard}

@@ -1,0 +1,56 @@
+# make demo    install once, then ask the built-in demo model about a clip
+# make chat    the same model, interactive; ARGS="--model llava-next-7b" and so on
+# make check   lint, format, types, layering
+# make test    all tests; ARGS="-k chat" and so on
+# make size    the longest functions and files
+# make clean   remove what the above made, .venv included
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+TYPED := $(VENV)/typed/sparsevila
+
+.PHONY: demo chat check test size clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/run.stamp
+	$(BIN)/python chat.py --model demo --video assets/clips/shapes.mp4 --prompt "What happens in the clip?" $(ARGS)
+
+chat: $(VENV)/run.stamp
+	$(BIN)/python chat.py $(ARGS)
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# The root is the package, whatever the clone is called: mypy sees it through links under its import name.
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)
+	@for part in __init__.py errors.py chat.py py.typed engine kernels quant models benchmarks; do \
+		if [ -e $$part ]; then ln -s "$(CURDIR)/$$part" $(TYPED)/$$part; fi; done
+	cd $(VENV)/typed && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p sparsevila
+	$(BIN)/python -m pytest tests/test_layering.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+size:
+	$(PYTHON) .ci/size.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only when every line above it succeeded, so a broken install is tried again.
+$(VENV)/run.stamp: requirements.txt setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/test.stamp: requirements-test.txt $(VENV)/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
