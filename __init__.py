@@ -54,10 +54,21 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME_OF), "__version__"]
 
 if TYPE_CHECKING:
-    from .engine.config import Attachment, Chunk, EngineInfo, Image, Result, SamplingParams, Sparsity, Stats, Turn, Video
+    from .engine.config import (
+        Attachment,
+        Chunk,
+        EngineInfo,
+        Image,
+        Result,
+        SamplingParams,
+        Sparsity,
+        Stats,
+        Turn,
+        Video,
+    )
     from .engine.engine import Engine
     from .engine.session import Session
     from .errors import (

@@ -1,4 +1,4 @@
-"""Packaging. The repository root is the package `sparsevila`, so nothing called `models` or `engine` is dropped into site-packages.
+"""Packaging. The repository root is the package `sparsevila`: no `models` or `engine` is dropped into site-packages.
 
 The top-level folders have no `__init__.py`, on purpose: a distribution named `kernels` exists and
 `transformers` probes for it. With a `kernels/__init__.py` first on `sys.path` several of its versions

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
 
 MediaKind = Literal["image", "video"]
 
@@ -85,8 +88,8 @@ class TokenMap:
     def concat(maps: Sequence[TokenMap]) -> TokenMap:
         """One map after the other; an empty sequence gives an empty map."""
         if not maps:
-            i32, empty = torch.int32, torch.empty
-            return TokenMap(empty(0, dtype=i32), empty(0, dtype=i32), empty(0, 4), empty(0, dtype=torch.bool), empty(0, dtype=i32))
+            none = torch.empty(0, dtype=torch.int32)
+            return TokenMap(none, none, torch.empty(0, 4), torch.empty(0, dtype=torch.bool), none)
         return TokenMap(*(torch.cat([getattr(m, f.name) for m in maps]) for f in dataclasses.fields(TokenMap)))
 
 
@@ -149,4 +152,44 @@ class PromptFormat(Protocol):
 
     def closing(self) -> list[PromptPiece]:
         """What stands after an answer, before the next turn's opening."""
+        ...
+
+
+class VisionLanguageModel(Protocol):
+    """What the engine needs of a model. Stateless: caches, positions and generators are arguments."""
+
+    prompt: PromptFormat
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model; the runner loops over its layers."""
+        ...
+
+    @property
+    def media_tokens(self) -> dict[str, int]:
+        """Names of media tokens and their ids in the config, to check the tokenizer against."""
+        ...
+
+    def preprocess(self, frames: Frames) -> VisualInputs:
+        """Pixels to patches, and the map of the tokens they will become."""
+        ...
+
+    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
+        """The vision tower, in bounded memory."""
+        ...
+
+    def embed_visual(self, tokens: VisualTokens) -> Tensor:
+        """(N, hidden_size): what enters the language model."""
+        ...
+
+    def text_positions(self, num_tokens: int, start: int) -> tuple[Tensor, int]:
+        """Positions (num_tokens,) int64 and the next free one."""
+        ...
+
+    def visual_positions(self, token_map: TokenMap, start: int) -> tuple[Tensor, int]:
+        """Positions (N,) int64 of surviving visual tokens and the next free one."""
+        ...
+
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of one video frame, for choosing how many frames fit."""
         ...

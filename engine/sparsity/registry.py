@@ -1,0 +1,23 @@
+"""Methods by name. One literal table; the defaults of `auto` beside it."""
+
+from __future__ import annotations
+
+from ...errors import InvalidRequest
+from ...models.interface import MediaKind
+from ..config import Sparsity
+from .base import Method
+from .sparsevila import SparseVILA
+
+METHODS = ("dense", "sparsevila")
+
+# Fractions removed in prefill and decode when the caller asks for none in particular (arXiv 2510.17777, table 1).
+AUTO: dict[MediaKind, Sparsity] = {"image": Sparsity(0.60, 0.75), "video": Sparsity(0.60, 0.75)}
+
+
+def make_method(sparsity: Sparsity) -> Method:
+    """The method of a policy. Raises InvalidRequest that lists the names."""
+    if sparsity.method == "sparsevila":
+        return SparseVILA(sparsity.prefill, sparsity.decode, sparsity.scope)
+    if sparsity.method == "dense":
+        return Method()
+    raise InvalidRequest(f"method: expected one of {', '.join(METHODS)}, got {sparsity.method!r}")

@@ -1,0 +1,153 @@
+"""The CLIP vision tower, up to the layer whose output is used.
+
+Source: Radford et al., arXiv 2103.00020; layout of transformers' CLIPVisionModel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModel
+from ..kernels.saliency import saliency
+from ..quant.linear import Linear
+from .blocks import ACTIVATIONS
+from .checkpoint import ConfigReader
+
+MAX_LAYERS = 256
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the tower; `num_layers` counts the layers of the checkpoint, used or not."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int  # pixels of a side
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @staticmethod
+    def from_hf(vision: ConfigReader) -> ClipConfig:
+        """Reads a Hugging Face CLIP vision config; omitted keys take the class defaults."""
+        vision.get_str("model_type", default="clip_vision_model", choices=("clip_vision_model",))
+        config = ClipConfig(
+            hidden_size=vision.get_int("hidden_size", default=768, low=1, high=65536),
+            intermediate_size=vision.get_int("intermediate_size", default=3072, low=1, high=1 << 20),
+            num_layers=vision.get_int("num_hidden_layers", default=12, low=1, high=MAX_LAYERS),
+            num_heads=vision.get_int("num_attention_heads", default=12, low=1, high=1024),
+            image_size=vision.get_int("image_size", default=224, low=1, high=16384),
+            patch_size=vision.get_int("patch_size", default=32, low=1, high=1024),
+            hidden_act=vision.get_str("hidden_act", default="quick_gelu", choices=tuple(ACTIVATIONS)),
+            layer_norm_eps=vision.get_float("layer_norm_eps", default=1e-5, low=0.0),
+        )
+        if config.hidden_size % config.num_heads or config.image_size < config.patch_size:
+            raise UnsupportedModel(
+                f"vision config: expected hidden_size a multiple of num_attention_heads and image_size >= patch_size, "
+                f"got {config.hidden_size}, {config.num_heads}, {config.image_size}, {config.patch_size}"
+            )
+        return config
+
+    @property
+    def grid(self) -> int:
+        """Patches of a side."""
+        return self.image_size // self.patch_size
+
+    def layers_run(self, feature_layer: int) -> int:
+        """How many layers make hidden_states[feature_layer], whose entry 0 is the embedding."""
+        layers = feature_layer if feature_layer >= 0 else self.num_layers + 1 + feature_layer
+        if not 1 <= layers <= self.num_layers:
+            raise UnsupportedModel(f"vision_feature_layer: expected a layer of {self.num_layers}, got {feature_layer}")
+        return layers
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(config.grid**2 + 1, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> (B, 1 + patches, hidden_size), the summary token first."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        summary = self.class_embedding.expand(pixels.shape[0], 1, -1)
+        return torch.cat([summary, patches], dim=1) + self.position_embedding.weight
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        size = config.hidden_size
+        self.qkv_proj = Linear(size, {"q_proj": size, "k_proj": size, "v_proj": size}, bias=True)
+        self.out_proj = Linear(size, size, bias=True)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = _Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = _MLP(config)
+
+    def forward(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, hidden) -> the layer's output and, if asked, what the summary token's row sees, (B, S) float32."""
+        B, S, size = x.shape
+        qkv = self.self_attn.qkv_proj(self.layer_norm1(x)).reshape(B, S, 3, self.self_attn.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
+        scores = saliency(q[:, :, :1], k) if score else None
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, size)
+        x = x + self.self_attn.out_proj(attended)
+        return x + self.mlp(self.layer_norm2(x)), scores
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: ClipConfig, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(num_layers))
+
+
+class ClipTower(nn.Module):
+    """Patches in, features and saliency out. Holds only the layers that are used."""
+
+    def __init__(self, config: ClipConfig, feature_layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelled so in every checkpoint
+        self.encoder = _Encoder(config, config.layers_run(feature_layer))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes pictures.
+
+        pixels (B, 3, S, S) in the tower's dtype. Returns features (B, patches, hidden_size) without the summary token,
+        and saliency (B, patches) float32: the summary row's softmax weights in the last layer that is run, mean over
+        heads. The summary token's own column stays in the denominator (arXiv 2510.17777, section 3.1).
+        """
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        scores = None
+        last = len(self.encoder.layers) - 1
+        for i, layer in enumerate(self.encoder.layers):
+            x, scores = layer(x, score=i == last)
+        assert scores is not None
+        return x[:, 1:], scores[:, 1:]

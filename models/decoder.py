@@ -1,0 +1,175 @@
+"""The language model: Llama, Mistral and Qwen2 are one decoder whose differences are config fields.
+
+Stateless. The runner owns the loop over layers: between `project` and `finish` it does the attention, and with it
+everything about caches and sparsity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModel
+from ..kernels.rope import rope
+from ..quant.linear import Linear
+from .blocks import RMSNorm
+from .checkpoint import ConfigReader
+from .rotary import RopeConfig
+
+MAX_LAYERS = 512  # far above any released decoder; bounds what a config can make us allocate
+
+# Keys that hub configs leave out take the defaults of their Hugging Face class.
+_DEFAULTS = {
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048, "vocab_size": 32000},
+    "mistral": {"intermediate_size": 14336, "max_position_embeddings": 131072, "vocab_size": 32000},
+    "qwen2": {"intermediate_size": 22016, "max_position_embeddings": 32768, "vocab_size": 151936},
+}
+_DEFAULT_KV_HEADS = {"mistral": 8}  # the others: as many as query heads
+_DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches of a decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_context: int  # positions that the checkpoint was made for
+    qkv_bias: bool
+    tie_word_embeddings: bool
+
+    @staticmethod
+    def from_hf(text: ConfigReader, *, tied: bool = False) -> DecoderConfig:
+        """Reads a Hugging Face text config; each key once. `tied` is the top level's tie_word_embeddings."""
+        kind = text.get_str("model_type", default="llama", choices=tuple(_DEFAULTS))
+        defaults = _DEFAULTS[kind]
+        hidden = text.get_int("hidden_size", default=4096, low=1, high=65536)
+        heads = text.get_int("num_attention_heads", default=32, low=1, high=1024)
+        kv_heads = text.get_int(
+            "num_key_value_heads", default=_DEFAULT_KV_HEADS.get(kind, heads), low=1, high=heads, none_ok=True
+        )
+        head_dim = text.get_int("head_dim", default=None, low=2, high=1024, none_ok=True) or hidden // heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads % kv_heads or head_dim % 2:
+            raise UnsupportedModel(
+                f"text config: expected num_attention_heads a multiple of num_key_value_heads and an even head_dim, "
+                f"got {heads}, {kv_heads}, {head_dim}"
+            )
+        for key in ("attention_bias", "mlp_bias"):
+            if text.get_bool(key, default=False):
+                raise UnsupportedModel(f"text config: {key} true is not computed here")
+        text.get_str("hidden_act", default="silu", choices=("silu",))
+        positions = text.get_int("max_position_embeddings", default=defaults["max_position_embeddings"], low=1)
+        rotary = RopeConfig.from_hf(text, default_theta=10000.0, max_positions=positions)
+        return DecoderConfig(
+            hidden_size=hidden,
+            intermediate_size=text.get_int(
+                "intermediate_size", default=defaults["intermediate_size"], low=1, high=1 << 20
+            ),
+            num_layers=text.get_int("num_hidden_layers", default=32, low=1, high=MAX_LAYERS),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=text.get_int("vocab_size", default=defaults["vocab_size"], low=1, high=1 << 24),
+            rms_norm_eps=text.get_float("rms_norm_eps", default=1e-6, low=0.0),
+            rope=rotary,
+            max_context=_context(text, kind, rotary, positions),
+            qkv_bias=kind == "qwen2",
+            tie_word_embeddings=text.get_bool("tie_word_embeddings", default=tied),
+        )
+
+
+def _context(text: ConfigReader, kind: str, rotary: RopeConfig, positions: int) -> int:
+    """Positions that full attention computes as the checkpoint means it."""
+    # A linearly scaled Llama states the length before scaling (Vicuna 16k: 4096 and factor 4).
+    context = int(positions * rotary.factor) if rotary.type == "linear" else positions
+    window = text.get_int("sliding_window", default=_DEFAULT_SLIDING_WINDOW.get(kind), low=1, none_ok=True)
+    if kind == "qwen2" and not text.get_bool("use_sliding_window", default=False):
+        window = None
+    # Inside its window, sliding attention is full attention.
+    return context if window is None else min(context, window)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias)
+        self.o_proj = Linear(q, config.hidden_size)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, {"gate_proj": size, "up_proj": size})
+        self.down_proj = Linear(size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """One layer, cut where attention happens."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _MLP(config)
+
+    def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (M, hidden_size) -> q (H, M, D), k and v (H_kv, M, D), q and k rotated."""
+        qkv = self.self_attn.qkv_proj(self.input_layernorm(hidden))
+        sizes = [heads * self.head_dim for heads in self.heads]
+        q, k, v = (
+            part.reshape(hidden.shape[0], heads, self.head_dim).transpose(0, 1)
+            for part, heads in zip(qkv.split(sizes, dim=-1), self.heads, strict=True)
+        )
+        return rope(q, cos, sin), rope(k, cos, sin), v
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, residuals and MLP: hidden (M, hidden_size), attended (H, M, D) -> (M, hidden_size)."""
+        hidden = hidden + self.self_attn.o_proj(attended.transpose(0, 1).reshape(hidden.shape[0], -1))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm and head."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers: nn.ModuleList = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (M,) int64 -> (M, hidden_size)."""
+        return self.embed_tokens(ids)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (M,) int64 -> cos and sin (M, D/2) in the model's dtype."""
+        rotary = self.config.rope
+        frequencies = rotary.frequencies(self.config.head_dim).to(positions.device)
+        angle = positions.float()[:, None] * frequencies  # (M, D/2)
+        dtype = self.norm.weight.dtype
+        return (angle.cos() * rotary.attention_factor).to(dtype), (angle.sin() * rotary.attention_factor).to(dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (M, hidden_size) -> (M, vocab_size) float32."""
+        return self.lm_head(self.norm(hidden)).float()

@@ -1,0 +1,42 @@
+"""Architecture string of a config.json -> the class that computes it. One literal table, imported on demand."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ..errors import CorruptCheckpoint, UnsupportedModel
+from .checkpoint import Checkpoint
+from .interface import ProgressFn, VisionLanguageModel, no_progress
+from .weights import load_weights
+
+# "file:Class" in this folder.
+ARCHITECTURES = {
+    "LlavaNextForConditionalGeneration": "llava_next:LlavaNext",
+    "LlavaNextVideoForConditionalGeneration": "llava_next:LlavaNext",
+}
+
+_TIED_HEAD = "language_model.lm_head.weight"
+_EMBEDDING = "language_model.embed_tokens.weight"
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, progress: ProgressFn = no_progress
+) -> VisionLanguageModel:
+    """Builds the checkpoint's model and fills it, strictly. Raises UnsupportedModel or CorruptCheckpoint."""
+    names = checkpoint.config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CorruptCheckpoint(f"config.json: architectures: expected one name, got {names!r:.100}")
+    target = ARCHITECTURES.get(names[0])
+    if target is None:
+        raise UnsupportedModel(
+            f"architecture {names[0]!r:.100} is not supported", hint=f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    file, _, class_name = target.partition(":")
+    model_class = getattr(importlib.import_module(f".{file}", __package__), class_name)
+    with torch.device("meta"):
+        model = model_class.from_checkpoint(checkpoint)
+    tied = {_TIED_HEAD: _EMBEDDING} if model.decoder.config.tie_word_embeddings else {}
+    load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, progress=progress)
+    return model.eval()

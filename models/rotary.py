@@ -1,0 +1,102 @@
+"""Rotary frequencies of one-dimensional positions, with every scaling type named.
+
+An unknown type is an error: ignoring one loads and answers badly.
+Sources: RoPE arXiv 2104.09864; linear arXiv 2306.15595; YaRN arXiv 2309.00071; "llama3" from Llama 3.1's release.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModel
+from .checkpoint import ConfigReader
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """`theta` and the scaling; fields that a type does not use keep their defaults."""
+
+    theta: float = 10000.0
+    type: RopeType = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: scales cos and sin
+
+    @staticmethod
+    def from_hf(text: ConfigReader, *, default_theta: float, max_positions: int) -> RopeConfig:
+        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+        key = "rope_parameters" if text.has("rope_parameters") else "rope_scaling"
+        scaling = text.sub(key, required=False)
+        theta = text.get_float("rope_theta", default=default_theta, low=1.0)
+        theta = scaling.get_float("rope_theta", default=theta, low=1.0)
+        name = scaling.get_str(("rope_type", "type"), default="default")
+        if scaling.has("mrope_section"):
+            raise UnsupportedModel("rope type mrope: this architecture takes one-dimensional positions")
+        if name == "default":
+            return RopeConfig(theta=theta)
+        factor = scaling.get_float("factor", low=1.0)
+        original = scaling.get_int("original_max_position_embeddings", default=max_positions, low=1)
+        if name in ("linear", "dynamic"):
+            return RopeConfig(theta, name, factor, original)
+        if name == "llama3":
+            return RopeConfig(
+                theta,
+                "llama3",
+                factor,
+                original,
+                low_freq_factor=scaling.get_float("low_freq_factor", low=0.0),
+                high_freq_factor=scaling.get_float("high_freq_factor", low=0.0),
+            )
+        if name == "yarn":
+            default_attention = 0.1 * math.log(factor) + 1.0
+            return RopeConfig(
+                theta,
+                "yarn",
+                factor,
+                original,
+                beta_fast=scaling.get_float("beta_fast", default=32.0, low=0.0),
+                beta_slow=scaling.get_float("beta_slow", default=1.0, low=0.0),
+                attention_factor=scaling.get_float("attention_factor", default=default_attention, low=0.0),
+            )
+        raise UnsupportedModel(f"rope type {name!r}: expected default, linear, dynamic, llama3 or yarn")
+
+    def frequencies(self, dim: int) -> Tensor:
+        """Angle per position of each pair, (dim/2,) float32."""
+        base = 1.0 / self.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        # Dynamic NTK changes nothing inside the original window, and contexts beyond it are refused.
+        if self.type in ("default", "dynamic"):
+            return base
+        if self.type == "linear":
+            return base / self.factor
+        if self.type == "llama3":
+            return self._llama3(base)
+        return self._yarn(base, dim)
+
+    def _llama3(self, base: Tensor) -> Tensor:
+        wavelength = 2 * math.pi / base
+        low = self.original_max_positions / self.low_freq_factor
+        high = self.original_max_positions / self.high_freq_factor
+        span = self.high_freq_factor - self.low_freq_factor
+        smooth = (self.original_max_positions / wavelength - self.low_freq_factor) / span
+        blended = (1 - smooth) * base / self.factor + smooth * base
+        return torch.where(wavelength > low, base / self.factor, torch.where(wavelength < high, base, blended))
+
+    def _yarn(self, base: Tensor, dim: int) -> Tensor:
+        def pair_that_turns(rotations: float) -> float:
+            return dim * math.log(self.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low = max(math.floor(pair_that_turns(self.beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(self.beta_slow)), dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        return base / self.factor * ramp + base * (1 - ramp)
