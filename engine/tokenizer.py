@@ -230,7 +230,8 @@ def _tokenizer_json(values: dict[str, Any]) -> _Vocabulary:
         "model": {**model, "dropout": None},  # training leaves dropout in, and then ids would be random
     }
     if steps.is_byte_level:
-        texts = {i: _byte_level_bytes(piece) for piece, i in ids.items()}
+        table = _byte_level_table()
+        texts = {i: _byte_level_bytes(piece, table) for piece, i in ids.items()}
     elif steps.marks_spaces:
         has_bytes = model.get("byte_fallback") is True
         texts = {i: _piece_bytes(piece, is_byte=has_bytes) for piece, i in ids.items()}
@@ -349,8 +350,7 @@ def _template_begins_with_token(processor: object) -> bool:
     return isinstance(begins, dict) and "SpecialToken" in begins
 
 
-def _byte_level_bytes(piece: str) -> bytes:
-    table = _byte_level_table()
+def _byte_level_bytes(piece: str, table: Mapping[str, int]) -> bytes:
     return b"".join(bytes([table[c]]) if c in table else c.encode("utf-8", errors="replace") for c in piece)
 
 

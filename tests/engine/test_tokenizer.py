@@ -423,6 +423,21 @@ def test_a_megabyte_of_text(llama, qwen):
         assert time.monotonic() - start < 20
 
 
+def test_a_vocabulary_of_real_size_loads_in_seconds(tmp_path, qwen):
+    whole = json.loads(qwen[1].to_str())
+    vocab, size = whole["model"]["vocab"], 150_000
+    for token in whole["added_tokens"]:
+        vocab.pop(token["content"], None)
+        token["id"] += size
+    taken = set(vocab.values())
+    free = (i for i in range(size) if i not in taken)
+    vocab.update({f"piece{number}": number for number in free})
+    folder = folder_of(tmp_path, tokenizer__json=whole)
+    start = time.monotonic()
+    assert load(folder).vocab_size > size
+    assert time.monotonic() - start < 5
+
+
 def test_empty_text_has_no_ids(llama, qwen):
     for tokenizer in (*llama[:2], qwen[0]):
         assert tokenizer.encode("", first=True) == tokenizer.encode("", first=False) == []
