@@ -15,6 +15,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sparsevila.engine.streaming import TextStream
 from sparsevila.engine.tokenizer import Tokenizer, load_tokenizer
 from sparsevila.errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sparsevila.models.checkpoint import Checkpoint
@@ -573,3 +574,12 @@ def test_other_kinds_of_tokenizer_are_refused_by_name(tmp_path):
         load(folder_of(tmp_path, tokenizer__json=unigram))
     with pytest.raises(UnsupportedModel, match="neither"):
         load(folder_of(tmp_path, tokenizer__json={"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 1100), max_size=30))
+def test_random_ids_stream_as_they_decode(llama, qwen, ids):
+    """Byte pieces, special tokens and ids without a token included."""
+    for tokenizer in (*llama[:2], qwen[0]):
+        stream = TextStream(tokenizer)
+        assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
