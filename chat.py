@@ -1,0 +1,334 @@
+"""Chat with a vision-language model about images and videos: the terminal program.
+
+    python chat.py --model ALIAS | PATH | hf:USER/REPO --video clip.mp4
+    python chat.py models | doctor
+
+stdout carries the model's text alone; everything else goes to stderr. Exit codes: 0 ok, 1 internal,
+2 usage, 3 model, 4 media, 5 out of memory, 130 interrupted, 141 closed pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+try:
+    from sparsevila import __version__
+    from sparsevila.engine import commands, terminal
+    from sparsevila.engine.chat_loop import INTERRUPTED, Chat, banner, report_error, table
+    from sparsevila.engine.config import Image, Video
+    from sparsevila.errors import (
+        Closed,
+        EngineDead,
+        InvalidRequest,
+        MediaNotFound,
+        ModelNotFound,
+        SparseVILAError,
+    )
+except ModuleNotFoundError as missing:
+    if missing.name != "sparsevila":
+        raise
+    sys.exit("error: sparsevila is not installed here: run `make demo` once, or `pip install -e .`")
+
+if TYPE_CHECKING:
+    from sparsevila.engine.engine import Engine
+
+MAX_TEXT_BYTES = 16 * 2**20  # of a prompt on stdin or a system text in a file; far above any context
+CLOSED_PIPE, TERMINATED = 141, 143
+
+
+# ---- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chat.py",
+        description="Chat with a vision-language model about images and videos.",
+        epilog="sub-commands: `models [--get ALIAS]` lists or fetches weights, `doctor` prints facts for a bug report",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="demo", metavar="NAME", help="alias, folder or hf:USER/REPO (default: demo)")
+    media = parser.add_argument_group("media")
+    for kind in ("image", "video"):
+        help_ = f"attach {'a picture' if kind == 'image' else 'a clip'}; may be repeated"
+        media.add_argument(f"--{kind}", dest="media", action="append", type=_tagged(kind), metavar="FILE", help=help_)
+    commands.add_options(media, ("video",))
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", metavar="TEXT", help="answer this once and exit; stdin is not read")
+    text.add_argument("--system", metavar="TEXT|@FILE", help="system text")
+    commands.add_options(parser.add_argument_group("sampling"), ("params",))
+    sparsity = parser.add_argument_group("sparsity")
+    commands.add_options(sparsity, ("sparsity",))
+    sparsity.add_argument("--dense", action="store_true", help="both sparsities 0")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", metavar="auto|cuda:0|cpu")
+    machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    machine.add_argument("--max-memory", metavar="SIZE", help="a promise, e.g. 6GiB")
+    machine.add_argument("--ctx", default="auto", metavar="auto|N", help="context in tokens")
+    machine.add_argument("--offline", action="store_true", help="never use the network, and ask nothing about it")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--stats", action=argparse.BooleanOptionalAction, help="figures after each answer (default: on a terminal)"
+    )
+    output.add_argument("--json", action="store_true", help="one JSON object per line instead of text")
+    output.add_argument("--plain", action="store_true", help="nothing is redrawn or coloured")
+    output.add_argument("--no-history", action="store_true", help="do not keep what is typed")
+    volume = output.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="store_true", help="log, and show tracebacks")
+    volume.add_argument("-q", "--quiet", action="store_true", help="answers and errors only")
+    output.add_argument("--version", action="version", version=f"sparsevila {__version__}")
+    return parser
+
+
+def _tagged(kind: str) -> Callable[[str], tuple[str, str]]:
+    return lambda text: (kind, text)
+
+
+def settings_of(args: argparse.Namespace) -> commands.Settings:
+    typed = commands.typed_options(args)
+    if args.dense:
+        typed |= {"prefill_sparsity": 0.0, "decode_sparsity": 0.0}
+    return commands.apply(commands.Settings(), typed)
+
+
+def media_of(args: argparse.Namespace, settings: commands.Settings) -> list[Image | Video]:
+    """The items of the flags, in their order. A missing file is found here, before a model is loaded."""
+    items: list[Image | Video] = []
+    for kind, typed in args.media or ():
+        path = commands.clean_path(typed)
+        if "://" not in path and not os.path.lexists(path):
+            raise MediaNotFound(f"{typed}: there is no such file")
+        items.append(Image(path) if kind == "image" else replace(settings.video, source=path))
+    return items
+
+
+def system_of(args: argparse.Namespace) -> str | None:
+    if args.system is None or not args.system.startswith("@"):
+        return args.system
+    path = args.system[1:]
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return _decode(file.read(MAX_TEXT_BYTES + 1), path)
+    except OSError as error:
+        raise InvalidRequest(f"--system: {path}: {error.strerror}") from None
+
+
+def _decode(data: bytes, name: str) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise InvalidRequest(f"{name}: expected at most {MAX_TEXT_BYTES} bytes of text, got more")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{name}: expected UTF-8 text") from None
+
+
+def question_of(args: argparse.Namespace, stdin: TextIO) -> str | None:
+    """The one question of a run that is not interactive; None at a terminal."""
+    if args.prompt is None and stdin.isatty():
+        return None
+    text = args.prompt
+    if text is None:
+        text = _decode(stdin.buffer.read(MAX_TEXT_BYTES + 1), "stdin").strip()
+    if not text.strip():
+        raise InvalidRequest("the prompt is empty", hint="give --prompt TEXT, text on stdin, or run it at a terminal")
+    return text
+
+
+def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = None) -> int:
+    """Run the program; the exit code. `load` stands in for `Engine.load` in tests."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    verbose = "-v" in argv or "--verbose" in argv
+    screen = terminal.Screen(sys.stdout, sys.stderr)
+    with contextlib.suppress(ValueError):  # not the main thread of an embedding program
+        signal.signal(signal.SIGTERM, _leave)
+    try:
+        if argv[:1] == ["models"]:
+            return run_models(argv[1:], screen)
+        if argv[:1] == ["doctor"]:
+            return run_doctor()
+        args = build_parser().parse_args(argv)
+        screen = terminal.Screen(
+            sys.stdout,
+            sys.stderr,
+            plain=args.plain or os.environ.get("TERM") == "dumb",
+            quiet=args.quiet,
+            as_json=args.json,
+            color=not os.environ.get("NO_COLOR"),
+        )
+        return run_chat(args, screen, load or _load_engine)
+    except SparseVILAError as error:
+        report_error(screen, error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        screen.clear_progress()
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_closed_streams()
+        return CLOSED_PIPE
+    except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes a sentence
+        if verbose:
+            traceback.print_exc()
+        more = "" if verbose else "-v shows where; `chat.py doctor` prints what a report needs"
+        screen.error(f"unexpected {type(error).__name__}: {error}", hint=more)
+        return 1
+
+
+def _leave(_signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _silence_closed_streams() -> None:
+    """The reader is gone: nothing may be written any more, not even by the interpreter on its way out."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(null, descriptor)
+
+
+def _load_engine(*args: Any, **kwargs: Any) -> Engine:
+    from sparsevila.engine.engine import Engine
+
+    return Engine.load(*args, **kwargs)
+
+
+def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[..., Engine]) -> int:
+    _set_up_messages(args, screen)
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    settings = settings_of(args)
+    context = None if args.ctx == "auto" else commands.parse_int(args.ctx)
+    media, system = media_of(args, settings), system_of(args)
+    question = question_of(args, sys.stdin)
+
+    def load_once() -> Engine:
+        return load(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            max_memory=args.max_memory,
+            max_context=context,
+            offline=args.offline,
+            progress=screen.progress,
+        )
+
+    try:
+        engine = load_once()
+    except ModelNotFound as error:
+        may_ask = question is None and sys.stderr.isatty() and not args.offline and not args.json
+        if not may_ask or not offer_download(args.model, screen, error):
+            raise
+        engine = load_once()
+    with engine:
+        screen.clear_progress()
+        banner(screen, engine.info)
+        stats = sys.stderr.isatty() if args.stats is None else args.stats
+        chat = Chat(engine, screen, settings, system=system, stats=stats)
+        try:
+            if question is not None:
+                return answer_once(chat, media, question)
+            return converse(chat, media, screen, args)
+        finally:
+            chat.close()
+
+
+def answer_once(chat: Chat, media: list[Image | Video], question: str) -> int:
+    for item in media:
+        chat.attach(item)
+    return INTERRUPTED if chat.ask(question) == "cancelled" else 0
+
+
+def converse(chat: Chat, media: list[Image | Video], screen: terminal.Screen, args: argparse.Namespace) -> int:
+    for item in media:
+        try:
+            chat.attach(item)
+        except (EngineDead, Closed):
+            raise
+        except SparseVILAError as error:
+            report_error(screen, error)
+    screen.note("/help lists the commands; Ctrl-D leaves", dim=True)
+    return chat.loop(_reader(args))
+
+
+def _reader(args: argparse.Namespace) -> terminal.LineReader:
+    if args.plain or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
+        return terminal.PlainReader(sys.stdin, sys.stderr)
+    home = Path(os.environ.get("SPARSEVILA_HOME") or Path.home() / ".sparsevila")
+    history = None if args.no_history else home / "history"
+    return terminal.EditingReader(sys.stdin, sys.stderr, history=history, color=not os.environ.get("NO_COLOR"))
+
+
+def _set_up_messages(args: argparse.Namespace, screen: terminal.Screen) -> None:
+    """Our own warnings become notes; those of libraries, and all logging, need -v."""
+    if args.verbose:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+        return
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module=r"sparsevila\.")
+    warnings.showwarning = lambda message, *_, **__: screen.note(f"warning: {message}")
+
+
+# ---- weights
+
+
+def offer_download(model: str, screen: terminal.Screen, error: ModelNotFound) -> bool:
+    """Ask at the terminal whether to fetch the weights; True after they have come."""
+    from sparsevila.engine import hub
+
+    row = next((row for row in hub.list_models() if row.alias == model), None)
+    if row is None:
+        return False
+    screen.block(f"{error}\n{error.hint}")
+    sys.stderr.write(f"Download {row.repository} ({terminal.format_bytes(row.size_bytes)})? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        return False
+    hub.download(model, progress=screen.progress)
+    return True
+
+
+def run_models(argv: list[str], screen: terminal.Screen) -> int:
+    parser = argparse.ArgumentParser(prog="chat.py models", description="List the known models, or fetch one.")
+    parser.add_argument("--get", metavar="ALIAS", help="download the weights of ALIAS")
+    args = parser.parse_args(argv)
+    from sparsevila.engine import hub
+
+    if args.get:
+        folder = hub.download(args.get, progress=screen.progress)
+        screen.clear_progress()
+        screen.note(f"{args.get} is in {folder.path}")
+        return 0
+    rows = [
+        (f"{row.alias:24}{row.repository:44}{terminal.format_bytes(row.size_bytes):>9}", str(row.found or "not here"))
+        for row in hub.list_models()
+    ]
+    print(table(rows), flush=True)
+    return 0
+
+
+def run_doctor() -> int:
+    from sparsevila.engine import doctor
+
+    for name, value in doctor.report(__version__):
+        print(f"{name:18} {value}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
