@@ -231,13 +231,16 @@ def _is_plain_name(name: object) -> bool:
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Whether a link leads to a file of the folder, or of the `blobs` beside it in a Hugging Face cache."""
+    """Whether a link leads to a file of the folder, or to the blobs of the Hugging Face cache that it lies in.
+
+    A snapshot is CACHE/models--USER--REPO/snapshots/REVISION. Its files link to `blobs` of the repository, and
+    those may link on to a `blobs` that all repositories of the cache share.
+    """
     target = path.resolve()
-    if target.is_relative_to(folder):
-        return True
-    repository = folder.parent.parent  # models--USER--REPO/snapshots/REVISION
+    repository = folder.parent.parent
     in_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
-    return in_cache and target.is_relative_to(repository / "blobs")
+    allowed = (folder, repository / "blobs", repository.parent / "blobs") if in_cache else (folder,)
+    return any(target.is_relative_to(place) for place in allowed)
 
 
 class Checkpoint:

@@ -381,9 +381,15 @@ def test_the_blobs_of_a_hugging_face_cache_are_allowed_and_no_others(tmp_path):
     link.symlink_to(folder)  # the folder itself may be a link of the user's
     assert Checkpoint.open(link).tensors
 
+    shared = tmp_path / "blobs" / "ab"  # newer caches keep one store for all repositories
+    shared.mkdir(parents=True)
+    (repository / "blobs" / "hash-model.safetensors").rename(shared / "abcd")
+    (repository / "blobs" / "hash-model.safetensors").symlink_to("../../blobs/ab/abcd")
+    assert dict(Checkpoint.open(folder).iter_tensors()).keys() == TENSORS.keys()
+
     other = tmp_path / "models--user--other" / "blobs"
     other.mkdir(parents=True)
-    (repository / "blobs" / "hash-model.safetensors").rename(other / "x")
+    (shared / "abcd").rename(other / "x")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(other / "x")
     with pytest.raises(CorruptCheckpoint, match="leads out"):
