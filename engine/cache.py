@@ -34,6 +34,12 @@ class CacheCheckpoint:
     text_len: tuple[int, ...]  # per layer
     next_position: int
 
+    def before_text(self, count: int) -> CacheCheckpoint:
+        """The moment `count` text tokens earlier, whose positions were one apart."""
+        return CacheCheckpoint(
+            self.visual_len, tuple(length - count for length in self.text_len), self.next_position - count
+        )
+
 
 class _Store:
     """Keys and values of one layer, contiguous per head, with room to grow."""
@@ -173,10 +179,11 @@ class KVCache:
 
     def forget_text(self, count: int) -> None:
         """Takes back the last `count` text tokens, whose positions were one apart. The active set stays."""
-        for store in self.text:
-            assert count <= store.length, "more tokens to forget than there are"
-            store.length -= count
-        self.next_position -= count
+        earlier = self.checkpoint().before_text(count)
+        for store, length in zip(self.text, earlier.text_len, strict=True):
+            assert length >= 0, "more tokens to forget than there are"
+            store.length = length
+        self.next_position = earlier.next_position
 
 
 def _grown(store: _Store, more: int) -> int:

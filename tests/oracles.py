@@ -71,8 +71,13 @@ def build_oracle(folder: Path, tiny: Tiny, seed: int = 0) -> Oracle:
         hidden_size=40, intermediate_size=72, num_hidden_layers=tiny.vision_layers, num_attention_heads=5,
         image_size=tiny.image, patch_size=tiny.patch, hidden_act="quick_gelu", projection_dim=24,
     )  # fmt: skip
-    common: dict[str, Any] = dict(vision_config=vision, text_config=text, image_grid_pinpoints=[list(p) for p in tiny.pinpoints],
-                  image_token_index=IMAGE_TOKEN, tie_word_embeddings=False)  # fmt: skip
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_grid_pinpoints": [list(p) for p in tiny.pinpoints],
+        "image_token_index": IMAGE_TOKEN,
+        "tie_word_embeddings": False,
+    }
     if tiny.video:
         model: Any = hf.LlavaNextVideoForConditionalGeneration(
             hf.LlavaNextVideoConfig(video_token_index=VIDEO_TOKEN, **common)
@@ -97,10 +102,33 @@ def build_oracle(folder: Path, tiny: Tiny, seed: int = 0) -> Oracle:
 def write_tokenizer_config(folder: Path) -> None:
     """The special tokens, by name and id, as the hub's files give them."""
     names = {0: "<unk>", 1: "<s>", 2: "</s>", IMAGE_TOKEN: "<image>", VIDEO_TOKEN: "<video>"}
-    entry = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
         "added_tokens_decoder": {str(i): {"content": name, **entry} for i, name in names.items()},
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False,
         "tokenizer_class": "LlamaTokenizer",
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+VISUAL_SEED = 4  # of the noise pictures
+
+
+def write_clip(path: Path, *, frames: int, height: int = 48, width: int = 64, fps: int = 8) -> Any:
+    """A small MPEG-4 clip of moving noise, as a `Video`."""
+    import av
+    import numpy as np
+
+    from sparsevila import Video
+
+    rng = np.random.default_rng(VISUAL_SEED)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.bit_rate = 2_000_000
+        coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        for i in range(frames):
+            rgb = np.kron(np.roll(coarse, i, axis=1), np.ones((height // 6, width // 8, 1), dtype=np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        container.mux(stream.encode(None))
+    return Video(path)

@@ -1,0 +1,153 @@
+"""The state of a session as values: media, remembered turns, and what of them is in the cache.
+
+Everything a turn changes is one frozen `State`. It is replaced when a step is complete, and kept when a turn fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..models.interface import MediaKind, TokenMap, VisualInputs, VisualTokens
+from .cache import CacheCheckpoint
+from .config import Sparsity
+from .diagnostics import Selection
+from .sparsity.base import Method
+from .sparsity.registry import AUTO, make_method
+
+
+@dataclass(eq=False)
+class MediaItem:
+    """One attached image or video. Pixels go once the features are there; features stay, unpruned."""
+
+    number: int
+    key: str  # content hash
+    kind: MediaKind
+    source: str
+    height: int
+    width: int
+    num_frames: int
+    duration_s: float
+    notes: tuple[str, ...]
+    decode_s: float
+    token_map: TokenMap  # of the encoder's tokens
+    inputs: VisualInputs | None
+    tokens: VisualTokens | None = None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A media item in the cache: its encoder tokens, and which of them entered (None: all)."""
+
+    tokens: VisualTokens
+    keep: Tensor | None
+
+    def entered(self) -> Tensor:
+        """Indices of the tokens that entered, structural ones included."""
+        return torch.arange(len(self.tokens)) if self.keep is None else self.keep
+
+    def in_store(self) -> Tensor:
+        """Indices of the tokens in the visual store, in its order."""
+        entered = self.entered()
+        return entered[~self.tokens.token_map.structural[entered]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a session holds between two steps."""
+
+    checkpoint: CacheCheckpoint
+    records: tuple[Record, ...] = ()
+    open_media: tuple[MediaItem, ...] = ()  # of the user's turn that has no question yet
+    prefilled: int = 0  # how many of them are in the cache
+    placed: tuple[Placed, ...] = ()  # in the order of the visual store
+    next_number: int = 1
+    stale: bool = False  # the cache is empty and has to be built again from the records
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        """All items, in the order of the conversation."""
+        return tuple(m for record in self.records for m in record.media) + self.open_media
+
+    @property
+    def pending(self) -> tuple[MediaItem, ...]:
+        """Items that are not in the cache yet."""
+        return self.open_media[self.prefilled :]
+
+    def with_media(self, item: MediaItem) -> State:
+        """The same with one more item for the next question."""
+        return replace(self, open_media=(*self.open_media, item), next_number=item.number + 1)
+
+    def without_media(self, number: int) -> State:
+        """The same without the item `number`; the cache no longer fits it."""
+        records = tuple(record.without_media(number) for record in self.records)
+        return replace(self, records=records, open_media=tuple(m for m in self.open_media if m.number != number))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One remembered turn."""
+
+    question: str
+    answer: str
+    answer_ids: tuple[int, ...]
+    session_media: tuple[MediaItem, ...]  # attached before the question
+    own_media: tuple[MediaItem, ...]  # that came with the question
+    before: State  # where `undo` goes back to: session media in the cache, nothing of the turn
+    asked: State  # all media in the cache, the question not yet
+
+    @property
+    def media(self) -> tuple[MediaItem, ...]:
+        return self.session_media + self.own_media
+
+    def without_media(self, number: int) -> Record:
+        return replace(
+            self,
+            session_media=tuple(m for m in self.session_media if m.number != number),
+            own_media=tuple(m for m in self.own_media if m.number != number),
+        )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The sparsity a caller asked for; None takes the default of each kind of media."""
+
+    sparsity: Sparsity | None
+
+    def of_kind(self, kind: MediaKind) -> Sparsity:
+        return AUTO[kind] if self.sparsity is None else self.sparsity
+
+    def of_all(self, media: Sequence[MediaItem]) -> Sparsity:
+        """One policy for a turn over several items: a video's, if there is one."""
+        return self.of_kind("video" if any(m.kind == "video" for m in media) else "image")
+
+    def method(self, kind: MediaKind) -> Method:
+        return make_method(self.of_kind(kind))
+
+    def planned_keep(self, item: MediaItem) -> int:
+        """Non-structural tokens of an item that will enter the language model."""
+        return self.method(item.kind).planned_keep(item.token_map, item.kind)
+
+    def planned_positions(self, item: MediaItem) -> int:
+        """Upper bound of the positions an item takes."""
+        return self.planned_keep(item) + int(item.token_map.structural.sum())
+
+
+def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Sequence[Tensor] | None) -> Selection:
+    """One turn's view of the media in the cache."""
+    offset, store, saliency = 0, [], []
+    for item in placed:
+        store.append(item.in_store() + offset)
+        offset += len(item.tokens)
+        given = item.tokens.saliency
+        saliency.append(torch.zeros(len(item.tokens)) if given is None else given.cpu())
+    return Selection(
+        token_map=TokenMap.concat([item.tokens.token_map for item in placed]),
+        saliency=torch.cat(saliency),
+        store=torch.cat(store),
+        scores=None if scores is None else tuple(s.cpu() for s in scores),
+        active=None if active is None else tuple(a.cpu() for a in active),
+    )

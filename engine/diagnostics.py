@@ -1,0 +1,104 @@
+"""What a turn pruned, kept and read, and how much that matters. Cheap, and always available.
+
+Sink: a token that is active in every turn at a layer. Retrieval token: active in some turns, not in all.
+Source: arXiv 2510.17777, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.interface import TokenMap
+
+PRUNED, KEPT, ACTIVE, STRUCTURAL = range(4)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One turn's view of all media. N encoder tokens, S entries of the visual store, L layers."""
+
+    token_map: TokenMap  # N tokens, structural ones included, media after media
+    saliency: Tensor  # (N,) float32, attention received in the encoder
+    store: Tensor  # (S,) int64: the encoder token of each entry of the visual store
+    scores: tuple[Tensor, ...] | None  # L times (S,) float32, the question's mean attention; None in a dense turn
+    active: tuple[Tensor, ...] | None  # L times (k,) int64 into the store, ascending; None: everything was read
+
+    def layer_share(self) -> Tensor:
+        """Share of layers that read each encoder token, (N,) float32."""
+        share = torch.zeros(len(self.token_map))
+        if self.active is None:
+            share[self.store] = 1.0
+        else:
+            for indices in self.active:
+                share[self.store[indices]] += 1 / len(self.active)
+        return share
+
+    def states(self) -> Tensor:
+        """PRUNED, KEPT, ACTIVE (read by at least one layer) or STRUCTURAL for each encoder token, (N,) int64."""
+        states = torch.full((len(self.token_map),), PRUNED)
+        states[self.store] = KEPT
+        states[self.layer_share() > 0] = ACTIVE
+        states[self.token_map.structural] = STRUCTURAL
+        return states
+
+    def recovered_mass(self) -> list[float]:
+        """Share of the question's attention to the visual store that the active set holds, per layer."""
+        if self.scores is None or self.active is None:
+            return []
+        return [float(s[a].sum() / s.sum()) for s, a in zip(self.scores, self.active, strict=True)]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How active sets differ between turns, per layer."""
+
+    jaccard: list[float]  # mean over pairs of neighbouring turns; 1: the same set each time
+    sinks: list[Tensor]  # entries of the visual store active in all turns
+    retrieval: list[Tensor]  # active in some turns, not in all
+
+
+def overlap(selections: Sequence[Selection]) -> Overlap:
+    """Compares the sparse turns among `selections`, which must be of one visual store. Two at least."""
+    turns = [s for s in selections if s.active is not None]
+    if len(turns) < 2:
+        raise ValueError(f"expected at least two sparse turns, got {len(turns)}")
+    jaccard, sinks, retrieval = [], [], []
+    for layer in range(len(turns[0].active or ())):
+        masks = torch.stack([_mask(turn, layer) for turn in turns])  # (turns, S)
+        both = (masks[1:] & masks[:-1]).sum(dim=1)
+        either = (masks[1:] | masks[:-1]).sum(dim=1)
+        jaccard.append(float((both / either).mean()))
+        always = masks.all(dim=0)
+        sinks.append(torch.nonzero(always)[:, 0])
+        retrieval.append(torch.nonzero(masks.any(dim=0) & ~always)[:, 0])
+    return Overlap(jaccard, sinks, retrieval)
+
+
+def _mask(selection: Selection, layer: int) -> Tensor:
+    mask = torch.zeros(len(selection.store), dtype=torch.bool)
+    assert selection.active is not None
+    mask[selection.active[layer]] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Sparse decoding against dense decoding of the same answer, step by step from the second token on."""
+
+    token_ids: tuple[int, ...]  # the dense greedy answer, which both are fed
+    kl: tuple[float, ...]  # KL(dense || sparse) of the next-token distributions, nats
+    top1: tuple[bool, ...]  # whether the likeliest token is the same
+
+
+def agreement(token_ids: Sequence[int], dense: Sequence[Tensor], sparse: Sequence[Tensor]) -> Agreement:
+    """dense, sparse: logits (V,) float32 per step."""
+    kl, top1 = [], []
+    for d, s in zip(dense, sparse, strict=True):
+        d, s = d.double().log_softmax(-1), s.double().log_softmax(-1)
+        kl.append(float((d.exp() * (d - s)).sum()))
+        top1.append(bool(d.argmax() == s.argmax()))
+    return Agreement(tuple(token_ids), tuple(kl), tuple(top1))

@@ -1,0 +1,226 @@
+"""A loaded model: weights, tokenizer, device. Sessions share it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ..errors import Closed, InsufficientMemory, InvalidRequest
+from ..models.checkpoint import Checkpoint
+from ..models.interface import MediaKind, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
+from ..models.registry import load_model
+from .cache import KVCache
+from .config import EngineInfo, Image, SamplingParams, Sparsity, Video
+from .conversation import MediaItem
+from .hub import resolve
+from .meter import Meter
+from .prompt import check_media_tokens
+from .runner import Runner
+from .session import Session
+from .sparsity.registry import AUTO
+from .tokenizer import Tokenizer, load_tokenizer
+
+_FEATURE_CACHE_BYTES = 1 << 30  # encoded media that no session holds any more
+_WORKSPACE_BYTES = 512 << 20  # activations of a prefill chunk and of the vision tower's tiles, rounded up
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine:
+    """Runs one checkpoint. Made by `Engine.load`; a context manager."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: Tokenizer,
+        info: EngineInfo,
+        *,
+        max_memory_bytes: int | None,
+        sparsity: Sparsity | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.info = info
+        self.max_context = info.max_context
+        self.runner = Runner(model)
+        self.device_lock = threading.RLock()  # device work of all sessions goes one after the other
+        self.closed = False
+        self._sparsity = sparsity
+        self._max_memory_bytes = max_memory_bytes
+        self._features: OrderedDict[str, VisualTokens] = OrderedDict()
+
+    @staticmethod
+    def load(
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_memory: int | str | None = None,
+        max_context: int | None = None,
+        sparsity: Sparsity | None = None,
+        offline: bool = False,
+        progress: ProgressFn = no_progress,
+    ) -> Engine:
+        """Loads a checkpoint: a folder, an alias, or `hf:USER/REPO` that is on this machine. Never downloads.
+
+        `device` "auto", "cpu", "cuda:0"; `dtype` "auto", "float32", "bfloat16", "float16"; `max_memory` in bytes or
+        like "6GiB", a bound for weights, caches and workspace; `max_context` in positions, at most the model's own.
+        `sparsity` is the sessions' default, None: that of the kind of media.
+        Raises ModelNotFound, UnsupportedModel, CorruptCheckpoint, InsufficientMemory or InvalidRequest.
+        """
+        start = time.perf_counter()
+        target, limit = _device(device), None if max_memory is None else parse_bytes(max_memory)
+        folder = resolve(model, offline=offline)
+        checkpoint = Checkpoint.open(folder.path)
+        chosen = _dtype(dtype, target)
+        _check_weights_fit(checkpoint, chosen, limit)
+        tokenizer = load_tokenizer(checkpoint)
+        loaded = load_model(checkpoint, dtype=chosen, device=target, progress=progress)
+        check_media_tokens(tokenizer, loaded)
+        trained = loaded.decoder.config.max_context
+        if max_context is not None and not 1 <= max_context <= trained:
+            raise InvalidRequest(f"context: expected 1 to {trained}, got {max_context}")
+        parameters = list(loaded.parameters())
+        info = EngineInfo(
+            model=str(model),
+            architecture=checkpoint.config["architectures"][0],
+            folder=str(folder.path),
+            scheme=str(chosen).removeprefix("torch."),
+            device=str(target),
+            parameters=sum(p.numel() for p in parameters),
+            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            max_context=max_context or trained,
+            load_s=time.perf_counter() - start,
+            notes=tuple(checkpoint.notes),
+        )
+        return Engine(loaded, tokenizer, info, max_memory_bytes=limit, sparsity=sparsity)
+
+    def default_sparsity(self, kind: MediaKind) -> Sparsity:
+        """What `sparsity=None` means for media of this kind."""
+        return self._sparsity or AUTO[kind]
+
+    def session(
+        self,
+        *,
+        media: Sequence[Image | Video] = (),
+        system: str | None = None,
+        sparsity: Sparsity | None = None,
+        progress: ProgressFn = no_progress,
+    ) -> Session:
+        """A new conversation, with media for its first question. Raises MediaError or InvalidRequest."""
+        if self.closed:
+            raise Closed("the engine is closed")
+        session = Session(self, system=system, sparsity=sparsity or self._sparsity)
+        for item in media:
+            session.attach(item, progress=progress)
+        return session
+
+    def warmup(self) -> None:
+        """Runs one short turn, so that first-use costs (compilation, paging in) are not in the first answer."""
+        with_text = self.session()
+        with_text.ask("Hi", params=SamplingParams(max_new_tokens=2))
+        with_text.close()
+
+    def close(self) -> None:
+        """Gives weights and encoded media back. May be called twice; sessions raise Closed afterwards."""
+        if not self.closed:
+            self.closed = True
+            with self.device_lock:
+                self._features.clear()
+                self.model.to("meta")
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # For the steps of a turn
+
+    def encode(self, item: MediaItem, meter: Meter, progress: ProgressFn) -> VisualTokens:
+        """The item's features: its own, those of equal content seen before, or the vision tower's."""
+        if item.tokens is not None:
+            return item.tokens
+        known = self._features.pop(item.key, None)
+        if known is None:
+            assert item.inputs is not None
+            with meter.timed("encode"), self.device_lock, torch.inference_mode():
+                known = self.model.encode(item.inputs, progress)
+        self._features[item.key] = known  # last in, last out
+        self._trim_features()
+        item.inputs = None
+        return VisualTokens(known.features, item.token_map, known.saliency)
+
+    def _trim_features(self) -> None:
+        def size(tokens: VisualTokens) -> int:
+            return tokens.features.numel() * tokens.features.element_size()
+
+        total = sum(map(size, self._features.values()))
+        while total > _FEATURE_CACHE_BYTES and len(self._features) > 1:
+            total -= size(self._features.popitem(last=False)[1])
+
+    def reserve(self, cache: KVCache, *, visual: int, text: int) -> None:
+        """Makes room in a cache. Raises InsufficientMemory before the allocation where `max_memory` forbids it."""
+        if self._max_memory_bytes is not None:
+            need = cache.bytes_with(visual=visual, text=text)
+            free = self._max_memory_bytes - self.info.weight_bytes - _WORKSPACE_BYTES
+            if need > free:
+                raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
+        cache.reserve(visual=visual, text=text)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes of 6442450944, "6GiB", "500 MB". Raises InvalidRequest."""
+    text = str(value).strip()
+    digits = text.rstrip("BbGgIiKkMm ")
+    unit = _UNITS.get(text[len(digits) :].strip().upper())
+    try:
+        amount = float(digits)
+    except ValueError:
+        amount = -1.0
+    if unit is None or not 0 < amount < float("inf"):
+        raise InvalidRequest(f"memory: expected bytes or a size like 6GiB, got {value!r:.40}")
+    return int(amount * unit)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequest(f"device: expected auto, cpu or cuda:N, got {name!r:.40}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device: expected auto, cpu or cuda:N, got {name!r:.40}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"device {name}: {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies it natively, otherwise float32."""
+    if name in _DTYPES:
+        return _DTYPES[name]
+    if name != "auto":
+        raise InvalidRequest(f"dtype: expected auto, {', '.join(_DTYPES)}, got {name!r:.40}")
+    if device.type == "cuda":
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) -> None:
+    if limit is None:
+        return
+    entries = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    need = entries * torch.empty((), dtype=dtype).element_size() + _WORKSPACE_BYTES
+    if need > limit:
+        raise InsufficientMemory(need, limit, what="loading this model", hint="use a smaller model or a higher limit")

@@ -1,0 +1,67 @@
+"""What one turn costs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from .config import Stats
+
+
+class Meter:
+    """Collects the figures of one turn. `clock` gives seconds and never runs backwards."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._first_token = 0.0
+        self._stats = Stats()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time of the block to `<stage>_s`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.add(f"{stage}_s", self._clock() - start)
+
+    def add(self, name: str, amount: float) -> None:
+        """Adds to one figure."""
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + amount})  # type: ignore[arg-type]
+
+    def note(self, **figures: float) -> None:
+        """Sets figures."""
+        self._stats = replace(self._stats, **figures)  # type: ignore[arg-type]
+
+    def token(self) -> None:
+        """A token was chosen; the first one ends the time to first token."""
+        now = self._clock()
+        if self._stats.output_tokens == 0:
+            self._first_token = now
+            self.note(ttft_s=now - self._start)
+        self.add("output_tokens", 1)
+        self.note(decode_s=now - self._first_token)
+
+    def stats(self) -> Stats:
+        """The figures so far."""
+        steps = self._stats.output_tokens - 1
+        rate = steps / self._stats.decode_s if steps > 0 and self._stats.decode_s > 0 else 0.0
+        return replace(self._stats, tokens_per_s=rate, peak_memory_bytes=peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """Peak of the device's allocations, or of the process on a CPU; 0 where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

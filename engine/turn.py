@@ -1,0 +1,282 @@
+"""The steps of one turn over a cache: place the media, ask, decode, remember.
+
+The order fixes what later turns see: [text before | visual tokens] is prefilled and its lengths are recorded before
+any token of a question enters. Each step takes a `State` and returns the next; none of them keeps one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import ContextTooLong
+from ..models.interface import ProgressFn, PromptPiece
+from .cache import KVCache
+from .config import Chunk, FinishReason, SamplingParams
+from .conversation import MediaItem, Placed, Policy, Record, State, select
+from .diagnostics import Selection
+from .meter import Meter
+from .prompt import encode_pieces
+from .runner import Prefilled, Span, TextSpan, VisualSpan
+from .sampler import Sampler
+from .sparsity.base import Method
+from .sparsity.registry import make_method
+from .streaming import TextStream
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class TurnDriver:
+    """Runs the steps of one turn. `check` raises to stop between tokens, `progress` may raise between chunks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        cache: KVCache,
+        *,
+        system: str | None,
+        policy: Policy,
+        meter: Meter,
+        progress: ProgressFn,
+        check: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._system = system
+        self._policy = policy
+        self._meter = meter
+        self._progress = progress
+        self._check = check
+
+    # Before the question
+
+    def prepare(self, state: State) -> State:
+        """Builds a stale cache again and places what is pending, as far as the method allows without a question."""
+        if state.stale:
+            state = self._rebuild(state)
+        return state if self._method(state).needs_question else self.place(state)
+
+    def place(self, state: State) -> State:
+        """Prefills the pending media of the open turn."""
+        if not state.pending:
+            return state
+        spans, placed = self._media_spans(state)
+        self._prefill(spans, self._method(state))
+        return replace(
+            state, prefilled=len(state.open_media), placed=(*state.placed, *placed), checkpoint=self._cache.checkpoint()
+        )
+
+    def _method(self, state: State) -> Method:
+        return make_method(self._policy.of_all(state.media))
+
+    def _media_spans(self, state: State) -> tuple[list[Span], list[Placed]]:
+        spans: list[Span] = []
+        placed = []
+        for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
+            spans.append(TextSpan(ids))
+            item.tokens = self._engine.encode(item, self._meter, self._progress)
+            keep = self._policy.method(item.kind).on_vision(item.tokens, item.kind)
+            placed.append(Placed(item.tokens, keep))
+            spans.append(VisualSpan(item.tokens if keep is None else item.tokens.select(keep)))
+        return spans, placed
+
+    def _texts_before_media(self, state: State) -> list[tuple[int, ...]]:
+        """What stands before each pending item: the turn's opening, or what is between two media."""
+        between = self._ids(self._engine.model.prompt.between_media())
+        texts = [between] * len(state.pending)
+        if texts and state.prefilled == 0:
+            texts[0] = self._ids(self._opening(state), start=not state.records)
+        return texts
+
+    def _opening(self, state: State) -> list[PromptPiece]:
+        return self._engine.model.prompt.opening(first=not state.records, system=self._system)
+
+    def _ids(self, pieces: list[PromptPiece], *, start: bool = False) -> tuple[int, ...]:
+        return encode_pieces(self._engine.tokenizer, pieces, start=start)
+
+    def _rebuild(self, state: State) -> State:
+        """Prefills the whole conversation again; answers keep their token ids."""
+        fresh = State(self._cache.empty_checkpoint(), next_number=state.next_number)
+        self._cache.restore(fresh.checkpoint)
+        for record in state.records:
+            before = self.prepare(replace(fresh, open_media=record.session_media))
+            asked = replace(before, open_media=record.media)
+            asked, _, _ = self.ask(self.prepare(asked), record.question, score=False)
+            fresh = self._remember(before, asked, record, unfed=record.answer_ids)
+        return replace(fresh, open_media=state.open_media)
+
+    # The question
+
+    def check_context(self, state: State, question: str) -> None:
+        """Raises ContextTooLong, before anything is encoded, with a number of frames that would fit."""
+        text = sum(map(len, self._texts_before_media(state))) + len(self._question_ids(state, question))
+        planned = {item: self._policy.planned_positions(item) for item in state.pending}
+        used, room = self._cache.next_position, self._engine.max_context - self._closing_len()
+        visual = sum(planned.values())
+        need = used + visual + text + 1
+        if need <= room:
+            return
+        raise ContextTooLong(
+            f"the conversation needs {need} positions ({used} before, {visual} visual, {text} of this prompt, "
+            f"1 of the answer), the context has {room}",
+            hint=_fitting_frames(planned, room - (need - visual)),
+        )
+
+    def _closing_len(self) -> int:
+        return len(self._ids(self._engine.model.prompt.closing()))
+
+    def _question_ids(self, state: State, question: str) -> tuple[int, ...]:
+        pieces = self._engine.model.prompt.question(question, after_media=bool(state.open_media))
+        if state.open_media:
+            return self._ids(pieces)
+        return self._ids([*self._opening(state), *pieces], start=not state.records)
+
+    def ask(self, state: State, question: str, *, score: bool = True) -> tuple[State, Prefilled, int]:
+        """Prefills the question.
+
+        Returns the state in front of it (media placed), what the prefill left behind, and the question's length.
+        """
+        method = self._method(state)
+        spans, placed = self._media_spans(state) if state.pending else ([], [])
+        ids = self._question_ids(state, question)
+        score = score and method.scores_turn and bool(state.placed)
+        prefilled = self._prefill([*spans, TextSpan(ids)], method, score=score)
+        asked = replace(
+            state,
+            prefilled=len(state.open_media),
+            placed=(*state.placed, *placed),
+            checkpoint=self._cache.checkpoint().before_text(len(ids)),
+        )
+        return asked, prefilled, len(ids)
+
+    def retrieve(self, state: State, scores: list[Tensor] | None) -> Selection | None:
+        """Ranks the visual store for this question and compacts what it may read into the active set."""
+        if not state.placed:
+            return None
+        active = None
+        if scores is not None:
+            with self._meter.timed("retrieval"), self._engine.device_lock, torch.inference_mode():
+                if all(torch.isfinite(layer).all() for layer in scores):
+                    active = self._method(state).on_turn(scores)
+                else:
+                    warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=2)
+                if active is not None:
+                    self._cache.activate(active)
+        return select(state.placed, scores, active)
+
+    def _prefill(self, spans: list[Span], method: Method, *, score: bool = False) -> Prefilled:
+        visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
+        total = sum(len(span) for span in spans)
+        if self._cache.next_position + total > self._engine.max_context:
+            raise ContextTooLong(
+                f"the conversation needs {self._cache.next_position + total} positions, "
+                f"the context has {self._engine.max_context}",
+                hint="raise the prefill sparsity, or clear the conversation",
+            )
+        self._engine.reserve(self._cache, visual=visual, text=total - visual)
+        with self._meter.timed("prefill"), self._engine.device_lock:
+            prefilled = self._engine.runner.prefill(
+                self._cache, spans, method=method, score=score, progress=self._progress
+            )
+        self._meter.add("prompt_tokens", total)
+        return prefilled
+
+    # The answer
+
+    def decode(self, prefilled: Prefilled, params: SamplingParams, stream: TextStream) -> Iterator[Chunk]:
+        """Yields the answer token by token; the last chunk of all has the reason, and no stats yet."""
+        engine, cache = self._engine, self._cache
+        sampler = Sampler(params)
+        limit = min(params.max_new_tokens, engine.max_context - self._closing_len() - cache.next_position)
+        engine.reserve(cache, visual=0, text=limit)
+        with engine.device_lock:
+            logits = engine.runner.logits(prefilled.hidden)
+        reason: FinishReason | None = None
+        for index in range(limit):
+            token = sampler(logits)
+            self._meter.token()
+            if token in engine.tokenizer.eos_ids:
+                reason = "stop"
+                break
+            text = stream.push(token)
+            yield Chunk(text, token, index)
+            if stream.stopped:
+                reason = "stop"
+                break
+            if index == limit - 1:
+                break
+            self._check()
+            with engine.device_lock:
+                logits = engine.runner.decode(cache, token)
+        yield Chunk(stream.flush(), None, index, reason or "length")
+
+    def decode_twice(
+        self, asked: State, prefilled: Prefilled, max_new_tokens: int
+    ) -> tuple[list[int], list[Tensor], list[Tensor]]:
+        """A dense greedy answer, and the same tokens fed to the sparse path.
+
+        Returns the tokens, and for every step after the first the logits (V,) float32 of both paths.
+        """
+        engine, cache = self._engine, self._cache
+        limit = min(max_new_tokens, engine.max_context - cache.next_position)
+        engine.reserve(cache, visual=0, text=limit)
+        mark = cache.checkpoint()
+        ids = [int(engine.runner.logits(prefilled.hidden).argmax())]
+        dense: list[Tensor] = []
+        while len(ids) < limit and ids[-1] not in engine.tokenizer.eos_ids:
+            self._check()
+            dense.append(engine.runner.decode(cache, ids[-1]))
+            ids.append(int(dense[-1].argmax()))
+        cache.restore(mark)
+        self.retrieve(asked, prefilled.scores)
+        return ids, dense, [engine.runner.decode(cache, token) for token in ids[: len(dense)]]
+
+    def remember(
+        self,
+        before: State,
+        asked: State,
+        record_of: tuple[str, str],
+        ids: tuple[int, ...],
+        *,
+        kept: int,
+        asked_len: int,
+    ) -> State:
+        """Closes the turn in the cache: what was decoded past a stop is taken back, the closing text goes in.
+
+        The closing tokens see what the answer saw (the active set, in a sparse turn). `record_of` is question and
+        answer, `ids` the answer's tokens of which the first `kept` count, `asked_len` the question's length.
+        """
+        fed = self._cache.checkpoint().text_len[0] - asked.checkpoint.text_len[0] - asked_len
+        if fed > kept:
+            self._cache.forget_text(fed - kept)
+        question, answer = record_of
+        own = asked.open_media[len(before.open_media) :]
+        record = Record(question, answer, ids[:kept], before.open_media, own, before, asked)
+        return self._remember(before, asked, record, unfed=ids[min(fed, kept) : kept])
+
+    def _remember(self, before: State, asked: State, record: Record, *, unfed: tuple[int, ...]) -> State:
+        closing = unfed + self._ids(self._engine.model.prompt.closing())
+        if closing:
+            self._prefill([TextSpan(closing)], Method())
+        self._cache.deactivate()
+        record = replace(record, before=before, asked=asked)
+        return replace(
+            asked, records=(*asked.records, record), open_media=(), prefilled=0, checkpoint=self._cache.checkpoint()
+        )
+
+
+def _fitting_frames(planned: dict[MediaItem, int], room: int) -> str:
+    """Advice: the number of frames with which the videos among the pending items would fit."""
+    videos = {item: positions for item, positions in planned.items() if item.kind == "video"}
+    if not videos:
+        return "ask a shorter question, raise the prefill sparsity, or clear the conversation"
+    others = sum(planned.values()) - sum(videos.values())
+    per_frame = sum(positions / item.num_frames for item, positions in videos.items())
+    fit = int((room - others) / per_frame)
+    return f"--frames {fit} would fit" if fit > 0 else "no frame fits: clear the conversation or raise the sparsity"
