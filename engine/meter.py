@@ -33,7 +33,7 @@ class Meter:
 
     def add(self, name: str, amount: float) -> None:
         """Adds to one figure."""
-        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + amount})  # type: ignore[arg-type]
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + amount})
 
     def note(self, **figures: float) -> None:
         """Sets figures."""

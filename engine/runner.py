@@ -138,7 +138,7 @@ class Runner:
         self, cache: KVCache, layer: int, chunks: list[_Chunk], method: Method | None, mass: list[Tensor] | None
     ) -> None:
         """One layer over all chunks of a block, in order."""
-        module = self.decoder.layers[layer]
+        module = self.decoder.layer(layer)
         rows = method.layer_rows(layer) if method else None
         first_visual = cache.visual[layer].length
         seen: list[tuple[Tensor, Tensor]] = []  # q and lse of the rows that the method wants
@@ -226,7 +226,8 @@ class Runner:
         positions, next_position = self.model.text_positions(1, cache.next_position)
         hidden = self.decoder.embed(torch.tensor([token_id], device=self.device))
         cos, sin = self.decoder.angles(positions.to(self.device))
-        for layer, module in enumerate(self.decoder.layers):
+        for layer in range(cache.num_layers):
+            module = self.decoder.layer(layer)
             q, k, v = module.project(hidden, cos, sin)
             cache.append(layer, k, v)
             attended = decode_attention(q[:, 0], *cache.segments(layer))

@@ -154,9 +154,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers: nn.ModuleList = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """The layer `index`, from 0."""
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (M,) int64 -> (M, hidden_size)."""

@@ -7,13 +7,13 @@ never guessed again from a length.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -168,6 +168,14 @@ class VisionLanguageModel(Protocol):
     @property
     def media_tokens(self) -> dict[str, int]:
         """Names of media tokens and their ids in the config, to check the tokenizer against."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every weight."""
+        ...
+
+    def to(self, device: str) -> VisionLanguageModel:
+        """Moves every weight; to "meta" it frees them."""
         ...
 
     def preprocess(self, frames: Frames) -> VisualInputs:

@@ -45,10 +45,14 @@ class RopeConfig:
             raise UnsupportedModel("rope type mrope: this architecture takes one-dimensional positions")
         if name == "default":
             return RopeConfig(theta=theta)
+        if name not in ("linear", "dynamic", "llama3", "yarn"):
+            raise UnsupportedModel(f"rope type {name!r}: expected default, linear, dynamic, llama3 or yarn")
         factor = scaling.get_float("factor", low=1.0)
         original = scaling.get_int("original_max_position_embeddings", default=max_positions, low=1)
-        if name in ("linear", "dynamic"):
-            return RopeConfig(theta, name, factor, original)
+        if name == "linear":
+            return RopeConfig(theta, "linear", factor, original)
+        if name == "dynamic":
+            return RopeConfig(theta, "dynamic", factor, original)
         if name == "llama3":
             return RopeConfig(
                 theta,
@@ -58,18 +62,16 @@ class RopeConfig:
                 low_freq_factor=scaling.get_float("low_freq_factor", low=0.0),
                 high_freq_factor=scaling.get_float("high_freq_factor", low=0.0),
             )
-        if name == "yarn":
-            default_attention = 0.1 * math.log(factor) + 1.0
-            return RopeConfig(
-                theta,
-                "yarn",
-                factor,
-                original,
-                beta_fast=scaling.get_float("beta_fast", default=32.0, low=0.0),
-                beta_slow=scaling.get_float("beta_slow", default=1.0, low=0.0),
-                attention_factor=scaling.get_float("attention_factor", default=default_attention, low=0.0),
-            )
-        raise UnsupportedModel(f"rope type {name!r}: expected default, linear, dynamic, llama3 or yarn")
+        default_attention = 0.1 * math.log(factor) + 1.0
+        return RopeConfig(
+            theta,
+            "yarn",
+            factor,
+            original,
+            beta_fast=scaling.get_float("beta_fast", default=32.0, low=0.0),
+            beta_slow=scaling.get_float("beta_slow", default=1.0, low=0.0),
+            attention_factor=scaling.get_float("attention_factor", default=default_attention, low=0.0),
+        )
 
     def frequencies(self, dim: int) -> Tensor:
         """Angle per position of each pair, (dim/2,) float32."""

@@ -81,14 +81,14 @@ def load_weights(
     for source, tensor in checkpoint.iter_tensors():
         done_bytes += tensor.numel() * tensor.element_size()
         progress(Progress("load", min(done_bytes, checkpoint.weight_bytes), checkpoint.weight_bytes, "bytes"))
-        name = rename(source)
-        if name is None:
+        wanted = rename(source)
+        if wanted is None:
             continue
-        slot = waiting.pop(name, None)
+        slot = waiting.pop(wanted, None)
         if slot is None:
-            why = "it came twice" if name in filled else "this model has no such tensor"
+            why = "it came twice" if wanted in filled else "this model has no such tensor"
             raise CorruptCheckpoint(f"tensor {source}: {why}")
-        filled.add(name)
+        filled.add(wanted)
         if tuple(tensor.shape) != slot.shape:
             raise CorruptCheckpoint(f"tensor {source}: expected shape {slot.shape}, got {tuple(tensor.shape)}")
         if tensor.dtype not in _LOADABLE:
