@@ -1,0 +1,573 @@
+"""Where models are: aliases, folders on this machine, the Hugging Face cache, and the explicit download.
+
+`resolve` and `list_models` never touch the network and do not import `huggingface_hub`. `download` is the
+one function that does, and runs only where a user asked for it. It fetches JSON files, safetensors and
+`tokenizer.model`, nothing that could hold code or pickles, into a folder that `resolve` does not look at, and
+renames that folder once every checksum is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ..errors import CorruptCheckpoint, ModelNotFound, SparseVILAError
+from ..models.checkpoint import Checkpoint, shown
+from ..models.interface import Progress, ProgressFn, no_progress
+
+DISK_MARGIN_BYTES: Final = 256 << 20  # left free beside a download
+TIMEOUT_S: Final = 30.0
+SOURCE_FILE: Final = "sparsevila_source.json"  # in a downloaded folder: repository and commit
+BUNDLED: Final = "bundled"
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WANTED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(safetensors|json)|tokenizer\.model")
+_HASH_STEP = 8 << 20
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A name for people. `size_bytes` of the weights is computed from the architecture, for display only."""
+
+    repository: str | None  # None: bundled with the package
+    revision: str
+    size_bytes: int
+    licence: str
+
+
+# Revisions stand at "main" because no commit could be looked up when this table was written: put the commit
+# here that is in `sparsevila_source.json` after the first download.
+_LLAMA_2 = "Llama 2 Community License (base model)"
+ALIASES: Final[dict[str, Alias]] = {
+    "demo": Alias(None, "", 1_300_000, "as this package"),
+    "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "main", 14_126_862_336, _LLAMA_2),
+    "llava-next-mistral-7b": Alias(
+        "llava-hf/llava-v1.6-mistral-7b-hf", "main", 15_133_495_296, "Apache 2.0 (base model)"
+    ),
+    "llava-next-video-7b": Alias("llava-hf/LLaVA-NeXT-Video-7B-hf", "main", 14_126_862_336, _LLAMA_2),
+    "llava-next-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", "main", 26_702_999_552, _LLAMA_2),
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A complete model on this machine, or the folder that the caller named."""
+
+    path: Path
+    origin: str  # "folder", "bundled", "SPARSEVILA_HOME" or "Hugging Face cache": for the banner
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of the list of known models."""
+
+    alias: str
+    repository: str
+    size_bytes: int
+    found: Path | None
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a name stands for. `names` are its folders under `models` in our home."""
+
+    name: str
+    repository: str | None
+    revision: str
+    size_bytes: int | None
+    names: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return f"python chat.py models --get {self.name}"
+
+
+def resolve(
+    model: str | Path, *, offline: bool = False, home: Path | None = None, hf_cache: Path | None = None
+) -> ModelFolder:
+    """The folder of a model that is on this machine: an explicit path, an alias, or `hf:USER/REPO`.
+
+    Looks under `home` (default `$SPARSEVILA_HOME`, then `~/.sparsevila`) and in `hf_cache` (default that of
+    `huggingface_hub`). Never downloads; `offline` only leaves the download out of the advice. A folder that the
+    caller names is returned as it is; of all others only complete ones. Raises ModelNotFound with the ways to get it.
+    """
+    explicit = _explicit(model)
+    if explicit is not None and (explicit / "config.json").is_file():
+        return ModelFolder(explicit, "folder")
+    target = None if isinstance(model, Path) else _target(model)
+    if target is None or target.name not in ALIASES:
+        if explicit is not None and explicit.is_dir():
+            return ModelFolder(explicit, "folder")  # reading it will say what is missing
+        if explicit is not None and explicit.exists():
+            raise ModelNotFound(f"{explicit} is a file", hint="give the folder that holds config.json")
+    if target is None:
+        raise _unknown(str(model))
+    places = list(_places(target, home, hf_cache))
+    problems = []
+    for place in places:
+        problem = _problem(place.path)
+        if problem is None:
+            return place
+        problems.append(problem)
+    raise _not_here(target, problems, offline=offline, home=home, hf_cache=hf_cache)
+
+
+def list_models(home: Path | None = None, hf_cache: Path | None = None) -> list[ModelRow]:
+    """Every alias and where it is on this machine. No network."""
+    return [
+        ModelRow(alias, entry.repository or BUNDLED, entry.size_bytes, found.path if found else None)
+        for alias, entry in ALIASES.items()
+        for found in [_find(_of_alias(alias), home, hf_cache)]
+    ]
+
+
+def download(
+    alias_or_repo: str,
+    *,
+    home: Path | None = None,
+    hf_cache: Path | None = None,
+    progress: ProgressFn = no_progress,
+    endpoint: str | None = None,
+    revision: str | None = None,
+) -> ModelFolder:
+    """Fetch a model into `home`; one that is complete on this machine is returned at once, without network.
+
+    `alias_or_repo` is an alias, `hf:USER/REPO` or `USER/REPO`; `revision` a branch, tag or commit in place of the
+    table's. `progress` counts bytes in the stages "download" and "verify"; what it raises stops the work, and the
+    next call goes on from the byte where it stopped. Raises ModelNotFound for everything that the hub, the network
+    or the disk refuses, CorruptCheckpoint for a repository that is no complete model.
+    """
+    named = f"hf:{alias_or_repo}" if alias_or_repo not in ALIASES and "/" in alias_or_repo else alias_or_repo
+    target = _target(named.replace("hf:hf:", "hf:"))
+    if target is None:
+        raise _unknown(alias_or_repo)
+    if target.repository is None:
+        return resolve(target.name, home=home, hf_cache=hf_cache)
+    final = _models_folder(home) / target.names[0]
+    here = _already_here(target, final, revision, home, hf_cache)
+    if here is not None:
+        return here
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelNotFound(f"{target.name} is not here, and HF_HUB_OFFLINE forbids to fetch it")
+    target = replace(target, revision=revision or target.revision)
+    meter = _Meter(progress)
+    with _plain_errors(target, meter):
+        commit, files = _listing(target, endpoint)
+        staging = _staging(final, commit)
+        _check_disk(target, files, staging)
+        _fetch_all(target, commit, files, staging, meter, endpoint)
+        _verify_all(files, staging, meter)
+    return _publish(target, commit, staging, final)
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def _explicit(model: str | Path) -> Path | None:
+    """The path that a caller may mean; None for text that cannot be one."""
+    if not str(model).strip() or "\0" in str(model) or len(str(model)) > 4096:
+        return None
+    with contextlib.suppress(RuntimeError, OSError):  # no home folder for `~user`; a name that is too long
+        path = Path(model).expanduser()
+        path.exists()
+        return path
+    return None
+
+
+def _of_alias(alias: str) -> _Target:
+    entry = ALIASES[alias]
+    names = (alias,) if entry.repository is None else (alias, entry.repository.replace("/", "--"))
+    return _Target(alias, entry.repository, entry.revision, entry.size_bytes, names)
+
+
+def _target(name: str) -> _Target | None:
+    """What an alias or `hf:USER/REPO` stands for; None for any other text."""
+    if name in ALIASES:
+        return _of_alias(name)
+    repository = name.removeprefix("hf:")
+    if repository == name or not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+        return None
+    names = [repository.replace("/", "--")]
+    names += [alias for alias, entry in ALIASES.items() if entry.repository == repository]
+    return _Target(name, repository, "main", None, tuple(names))
+
+
+def _unknown(name: str) -> ModelNotFound:
+    close = difflib.get_close_matches(name, ALIASES, n=3, cutoff=0.4)
+    if _REPOSITORY.fullmatch(name):
+        close.insert(0, f"hf:{name}")
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    known = ", ".join(ALIASES)
+    return ModelNotFound(
+        f"no folder and no known model {shown(name)}",
+        hint=f"{meant}give a folder with config.json, one of {known}, or hf:USER/REPO",
+    )
+
+
+# Places -------------------------------------------------------------------------------------------------------------
+
+
+def _models_folder(home: Path | None) -> Path:
+    if home is None:
+        stated = os.environ.get("SPARSEVILA_HOME")
+        home = Path(stated).expanduser() if stated else Path.home() / ".sparsevila"
+    return home / "models"
+
+
+def _hf_cache_folder(hf_cache: Path | None) -> Path:
+    """The cache folder of `huggingface_hub`, by its own rules, without importing it."""
+    if hf_cache is not None:
+        return hf_cache
+    stated = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if stated:
+        return Path(stated).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hf_home = os.environ.get("HF_HOME") or f"{base}/huggingface"
+    return Path(hf_home).expanduser() / "hub"
+
+
+def _places(target: _Target, home: Path | None, hf_cache: Path | None) -> Iterator[ModelFolder]:
+    """The folders in which the model may be, best first."""
+    if target.repository is None:
+        yield ModelFolder(Path(__file__).resolve().parent.parent / "assets" / target.name, BUNDLED)
+    for name in target.names:
+        yield ModelFolder(_models_folder(home) / name, "SPARSEVILA_HOME")
+    if target.repository is not None:
+        for snapshot in _snapshots(target, _hf_cache_folder(hf_cache)):
+            yield ModelFolder(snapshot, "Hugging Face cache")
+
+
+def _snapshots(target: _Target, cache: Path) -> list[Path]:
+    """The snapshots of a repository: that of the revision, then the others, newest first; a commit has no others."""
+    assert target.repository is not None
+    repository = cache / f"models--{target.repository.replace('/', '--')}"
+    if _COMMIT.fullmatch(target.revision):
+        return [repository / "snapshots" / target.revision]
+    found: list[Path] = []
+    with contextlib.suppress(OSError, ValueError):
+        commit = (repository / "refs" / target.revision).read_text()[:64].strip()
+        found += [repository / "snapshots" / commit] if _COMMIT.fullmatch(commit) else []
+    with contextlib.suppress(OSError):
+        others = [entry for entry in os.scandir(repository / "snapshots") if entry.is_dir()]
+        found += [Path(e.path) for e in sorted(others, key=lambda e: (-e.stat().st_mtime, e.name))]
+    return list(dict.fromkeys(found))
+
+
+def _problem(folder: Path) -> str | None:
+    """Why a folder is no complete model; "" where there is none at all, None where it is complete."""
+    if not folder.is_dir():
+        return ""
+    try:
+        Checkpoint.open(folder)
+    except SparseVILAError as error:
+        return str(error) if str(folder) in str(error) else f"{folder}: {error}"
+    return None
+
+
+def _find(target: _Target, home: Path | None, hf_cache: Path | None) -> ModelFolder | None:
+    return next((place for place in _places(target, home, hf_cache) if _problem(place.path) is None), None)
+
+
+def _not_here(
+    target: _Target, problems: Sequence[str], *, offline: bool, home: Path | None, hf_cache: Path | None
+) -> ModelNotFound:
+    """The three ways to get the weights, with what is known of each."""
+    incomplete = [f"incomplete: {problem}" for problem in problems if problem]
+    if target.repository is None:
+        return ModelNotFound(
+            f"the bundled model {target.name} is not here",
+            hint="; ".join([*incomplete, "install the package again, or build it with `make demo`"]),
+        )
+    cache = _hf_cache_folder(hf_cache)
+    size = "" if target.size_bytes is None else f", {target.size_bytes / 1e9:.1f} GB"
+    ways = [
+        "1. a folder with its files: --model FOLDER",
+        f"2. {_models_folder(home) / target.names[0]}, or the Hugging Face cache at {cache} "
+        f"({'it is there, without this model' if cache.is_dir() else 'there is none'})",
+        f"3. download it: {target.command}  ({target.repository}, revision {target.revision}{size})",
+    ]
+    if offline:
+        ways[2] += " once the machine is online"
+    return ModelNotFound(f"no weights of {target.name} here", hint="\n".join([*incomplete, *ways]))
+
+
+# Download -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _RemoteFile:
+    name: str
+    size: int
+    digest: str  # sha256 of a large file, git's sha1 of a small one; "" where the hub states none
+
+    @property
+    def part(self) -> str:
+        return f"{self.name}.part"
+
+
+class _Meter:
+    """Adds up bytes over files and tells the caller; remembers what the caller raised to stop the work."""
+
+    def __init__(self, progress: ProgressFn) -> None:
+        self._progress = progress
+        self.stopped_by: Exception | None = None
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        try:
+            self._progress(Progress(stage, done, total, "bytes"))
+        except Exception as error:
+            self.stopped_by = error
+            raise
+
+
+class _CountedFile:
+    """A file that reports how far it has grown. `http_get` writes, and seeks back where a server cannot resume."""
+
+    def __init__(self, file: BinaryIO, before: int, total: int, meter: _Meter) -> None:
+        self._file, self._before, self._total, self._meter = file, before, total, meter
+
+    def write(self, data: bytes) -> int:
+        written = self._file.write(data)
+        self._meter.tell("download", self._before + self._file.tell(), self._total)
+        return written
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._file.truncate(size)
+
+
+class _NoBar:
+    """Stands for the progress bar that `http_get` would draw on stderr."""
+
+    def update(self, _: int) -> None:
+        """Counts nothing: the file does."""
+
+
+def _already_here(
+    target: _Target, final: Path, revision: str | None, home: Path | None, hf_cache: Path | None
+) -> ModelFolder | None:
+    """A complete copy. A folder that stands in the way of the download is an error."""
+    if revision is None:
+        found = _find(target, home, hf_cache)
+        if found is not None:
+            return found
+    if not final.exists():
+        return None
+    problem = _problem(final)
+    if problem is None and revision is not None:
+        source = Checkpoint(final).read_json(SOURCE_FILE) or {}
+        if revision in (source.get("revision"), source.get("commit")):
+            return ModelFolder(final, "SPARSEVILA_HOME")
+        problem = f"{final} holds revision {shown(source.get('revision'))}, not {revision}"
+    raise ModelNotFound(f"{target.name}: {problem or f'{final} is no folder'}", hint="move it away and try again")
+
+
+def _listing(target: _Target, endpoint: str | None) -> tuple[str, list[_RemoteFile]]:
+    """The commit of the revision and the files worth having, small ones first."""
+    from huggingface_hub import HfApi
+
+    assert target.repository is not None
+    api = HfApi(endpoint=endpoint, library_name="sparsevila")
+    info = api.model_info(target.repository, revision=target.revision, files_metadata=True, timeout=TIMEOUT_S)
+    commit = info.sha or ""
+    if not _COMMIT.fullmatch(commit):
+        raise ModelNotFound(f"{target.repository}: the server states no commit for {target.revision}")
+    siblings = info.siblings or []
+    files = [
+        _remote_file(sibling)
+        for sibling in siblings
+        if _WANTED.fullmatch(sibling.rfilename) and not sibling.rfilename.startswith("consolidated")
+    ]
+    if not any(file.name.endswith(".safetensors") for file in files):
+        pickled = any(sibling.rfilename.endswith((".bin", ".pt", ".pth")) for sibling in siblings)
+        why = "only pickled weights, which are never loaded" if pickled else "no weights"
+        raise CorruptCheckpoint(f"{target.repository} has {why}", hint="choose a repository with safetensors files")
+    return commit, sorted(files, key=lambda file: (file.name.endswith(".safetensors"), file.name))
+
+
+def _remote_file(sibling: Any) -> _RemoteFile:
+    if not isinstance(sibling.size, int) or sibling.size < 0:
+        raise ModelNotFound(f"{shown(sibling.rfilename)}: the server states no size")
+    digest = sibling.blob_id if sibling.lfs is None else sibling.lfs.sha256
+    return _RemoteFile(sibling.rfilename, sibling.size, digest or "")
+
+
+def _staging(final: Path, commit: str) -> Path:
+    """The folder in which one commit grows. What was begun of another commit is of no use and goes."""
+    parts = final.parent / ".partial"
+    staging = parts / f"{final.name}@{commit}"
+    staging.mkdir(parents=True, exist_ok=True)
+    for other in parts.glob(f"{final.name}@*"):
+        if other != staging:
+            shutil.rmtree(other, ignore_errors=True)
+    return staging
+
+
+def _have(file: _RemoteFile, staging: Path) -> int:
+    """Bytes of a file that are already here."""
+    for name in (file.name, file.part):
+        if (staging / name).is_file():
+            return min((staging / name).stat().st_size, file.size)
+    return 0
+
+
+def _check_disk(target: _Target, files: Sequence[_RemoteFile], staging: Path) -> None:
+    need = sum(file.size - _have(file, staging) for file in files) + DISK_MARGIN_BYTES
+    free = shutil.disk_usage(staging).free
+    if need > free:
+        raise ModelNotFound(
+            f"{target.name} needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free at {staging.parent.parent}",
+            hint="free some space, or set SPARSEVILA_HOME to a folder on another disk",
+        )
+
+
+def _fetch_all(
+    target: _Target,
+    commit: str,
+    files: Sequence[_RemoteFile],
+    staging: Path,
+    meter: _Meter,
+    endpoint: str | None,
+) -> None:
+    total, before = sum(file.size for file in files), 0
+    for file in files:
+        if not (staging / file.name).is_file():
+            _fetch(target, commit, file, staging, (before, total, meter), endpoint)
+        before += file.size
+        meter.tell("download", before, total)
+
+
+def _fetch(
+    target: _Target,
+    commit: str,
+    file: _RemoteFile,
+    staging: Path,
+    counted: tuple[int, int, _Meter],
+    endpoint: str | None,
+) -> None:
+    """One file, from the byte where its part ends. Cut connections are tried again by `http_get`."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    assert target.repository is not None
+    url = hf_hub_url(target.repository, file.name, revision=commit, endpoint=endpoint)
+    headers = build_hf_headers(library_name="sparsevila")
+    place = get_hf_file_metadata(url, timeout=TIMEOUT_S, headers=headers, endpoint=endpoint).location
+    if _host(place) != _host(url):
+        headers.pop("authorization", None)  # the token is for the hub, not for the store it points to
+    part = staging / file.part
+    with part.open("r+b" if part.exists() else "w+b") as raw:
+        if part.stat().st_size > file.size:
+            raw.truncate(0)
+        start = raw.seek(0, os.SEEK_END)
+        http_get(
+            place,
+            _CountedFile(raw, *counted),  # type: ignore[arg-type]
+            resume_size=start,
+            headers=headers,
+            expected_size=file.size,
+            displayed_filename=file.name,
+            _tqdm_bar=_NoBar(),  # type: ignore[arg-type]
+        )
+    part.replace(staging / file.name)
+
+
+def _host(url: str) -> str:
+    return url.split("/", 3)[2]
+
+
+def _verify_all(files: Sequence[_RemoteFile], staging: Path, meter: _Meter) -> None:
+    """Compare every checksum. A file that differs is deleted, so that the next try fetches it anew."""
+    total, before = sum(file.size for file in files), 0
+    for file in files:
+        path = staging / file.name
+        if path.stat().st_size != file.size or not _digest_is_right(path, file, (before, total, meter)):
+            path.unlink()
+            raise ModelNotFound(f"{file.name} arrived damaged and was deleted", hint="try again")
+        before += file.size
+        meter.tell("verify", before, total)
+
+
+def _digest_is_right(path: Path, file: _RemoteFile, counted: tuple[int, int, _Meter]) -> bool:
+    before, total, meter = counted
+    if len(file.digest) == 40:  # git hashes a small file with this line in front
+        digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    elif len(file.digest) == 64:
+        digest = hashlib.sha256()
+    else:
+        return True
+    with path.open("rb") as data:
+        while block := data.read(_HASH_STEP):
+            digest.update(block)
+            meter.tell("verify", before + data.tell(), total)
+    return digest.hexdigest() == file.digest
+
+
+def _publish(target: _Target, commit: str, staging: Path, final: Path) -> ModelFolder:
+    """Give a complete download its name, in one step."""
+    Checkpoint.open(staging)
+    source = {"repository": target.repository, "revision": target.revision, "commit": commit}
+    (staging / SOURCE_FILE).write_text(json.dumps(source))
+    try:
+        staging.rename(final)
+    except OSError:
+        raise ModelNotFound(f"{final} cannot be written", hint="another download may have made it: try again") from None
+    return ModelFolder(final, "SPARSEVILA_HOME")
+
+
+@contextlib.contextmanager
+def _plain_errors(target: _Target, meter: _Meter) -> Iterator[None]:
+    """Turn what the hub, the network and the disk raise into ModelNotFound; what stopped the work passes."""
+    try:
+        yield
+    except SparseVILAError:
+        raise
+    except Exception as error:  # the HTTP packages under the hub share no narrower root
+        if error is meter.stopped_by:
+            raise
+        message, hint = _reason(error, target)
+        raise ModelNotFound(f"{target.name} could not be fetched: {message}", hint=hint) from None
+
+
+def _reason(error: Exception, target: _Target) -> tuple[str, str]:
+    """(what happened, what to do), without the package's own text: it holds signed addresses."""
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"{target.repository} is gated", f"accept its terms on its page, then {log_in}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no repository {target.repository}, or it is private", f"check the name; if private, {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{target.repository} has no revision {target.revision}", "check the revision"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"a file of {target.repository} has gone", "try again"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids it", "unset HF_HUB_OFFLINE"
+    if status in (401, 403):
+        return f"{target.repository} needs a login (status {status})", log_in
+    if status is not None:
+        return f"the server answered with status {status}", "try again later"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full", "free some space: the next try goes on from here"
+    if isinstance(error, PermissionError):
+        return "the folder cannot be written", "set SPARSEVILA_HOME to a folder of yours"
+    return f"no connection ({type(error).__name__})", "check the network: the next try goes on from here"
