@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = 
         screen.clear_progress()
         return INTERRUPTED
     except BrokenPipeError:
-        _silence_closed_streams()
         return CLOSED_PIPE
     except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes a sentence
         if verbose:
@@ -190,16 +189,6 @@ def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = 
 
 def _leave(_signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(TERMINATED)
-
-
-def _silence_closed_streams() -> None:
-    """The reader is gone: nothing may be written any more, not even by the interpreter on its way out."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            os.dup2(null, descriptor)
 
 
 def _load_engine(*args: Any, **kwargs: Any) -> Engine:
@@ -291,15 +280,19 @@ def offer_download(model: str, screen: terminal.Screen, error: ModelNotFound) ->
     """Ask at the terminal whether to fetch the weights; True after they have come."""
     from sparsevila.engine import hub
 
-    row = next((row for row in hub.list_models() if row.alias == model), None)
-    if row is None:
+    sizes = {row.alias: (row.repository, f" ({terminal.format_bytes(row.size_bytes)})") for row in hub.list_models()}
+    if model.startswith("hf:"):
+        sizes[model] = (model.removeprefix("hf:"), "")
+    if model not in sizes:
         return False
-    screen.block(f"{error}\n{error.hint}")
-    sys.stderr.write(f"Download {row.repository} ({terminal.format_bytes(row.size_bytes)})? [y/N] ")
+    repository, size = sizes[model]
+    report_error(screen, error)
+    sys.stderr.write(f"Download {repository}{size}? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        return False
+        raise SystemExit(error.exit_code)
     hub.download(model, progress=screen.progress)
+    screen.clear_progress()
     return True
 
 

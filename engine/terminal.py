@@ -217,9 +217,11 @@ class Screen:
         self._say(f"\x1b[2m{printable(sentence)}\x1b[0m" if dim and self._color else printable(sentence))
 
     def error(self, message: str, *, hint: str = "", code: str = "internal", exit_code: int = 1) -> None:
-        """One line on stderr, and a JSON line where those are asked for."""
-        sentence = printable(message + (f" ({hint})" if hint else "")).replace("\n", " ")
-        self._say(f"\x1b[31merror:\x1b[0m {sentence}" if self._color else f"error: {sentence}")
+        """One line on stderr, a hint of several lines below it; a JSON line where those are asked for."""
+        steps = hint.split("\n") if "\n" in hint else []
+        sentence = printable(message + (f" ({hint})" if hint and not steps else "")).replace("\n", " ")
+        lines = [f"\x1b[31merror:\x1b[0m {sentence}" if self._color else f"error: {sentence}"]
+        self._say("\n".join([*lines, *(f"  {printable(step)}" for step in steps)]))
         if self._json:
             self._event("error", code=code, message=message, hint=hint, exit_code=exit_code)
 

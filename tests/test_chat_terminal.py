@@ -12,51 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pty_terminal import CTRL_C, CTRL_D, TIMEOUT_S, Terminal
 
-pexpect = pytest.importorskip("pexpect")
 PROGRAM = Path(__file__).resolve().parent / "fake_engine.py"
-CTRL_C, CTRL_D = "\x03", "\x04"
-TIMEOUT_S = 15
-
-
-class Terminal:
-    """The program in a pty of its own."""
-
-    def __init__(self, folder: Path, *argv: str, stdout: Path | None = None, **environ: str) -> None:
-        env = {**os.environ, "SPARSEVILA_HOME": str(folder / "home"), "TERM": "xterm", "NO_COLOR": "1"}
-        env |= {"PROMPT_TOOLKIT_NO_CPR": "1", **environ}  # nobody is there to say where the cursor is
-        self._ready = "> " if "--plain" in argv else "\x1b[?2004h"  # bracketed paste goes on once per prompt
-        command = [sys.executable, str(PROGRAM), *argv]
-        if stdout:
-            command = ["/bin/sh", "-c", f'exec "$@" > "{stdout}"', "sh", *command]
-        self._child = pexpect.spawn(
-            command[0], command[1:], cwd=folder, env=env, encoding="utf-8", timeout=TIMEOUT_S, dimensions=(24, 100)
-        )
-        self._child.delaybeforesend = None
-        self.shown = ""
-
-    def expect(self, text: str) -> None:
-        self._child.expect_exact(text)
-        self.shown += self._child.before + self._child.after
-
-    def prompt(self) -> None:
-        self.expect(self._ready)
-
-    def send(self, keys: str) -> None:
-        self._child.send(keys)
-
-    def enter(self, line: str) -> None:
-        self.send(line + "\r")
-
-    def code(self) -> int:
-        """Wait for the end; the exit code."""
-        self._child.expect(pexpect.EOF)
-        self.shown += self._child.before
-        self._child.close()
-        return self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus
-
-    def kill(self) -> None:
-        self._child.close(force=True)
 
 
 @pytest.fixture
@@ -66,7 +24,7 @@ def open_terminal(tmp_path: Path) -> Iterator[Any]:
     opened: list[Terminal] = []
 
     def call(*argv: str, **kwargs: Any) -> Terminal:
-        opened.append(Terminal(tmp_path, *argv, **kwargs))
+        opened.append(Terminal(PROGRAM, tmp_path, *argv, **kwargs))
         return opened[-1]
 
     yield call
@@ -182,6 +140,10 @@ def test_ctrl_c_at_the_prompt(open_terminal: Any) -> None:
     terminal.send("half_a_line")
     terminal.expect("half_a_line")
     terminal.send(CTRL_C)  # clears the line, and does not count
+    terminal.enter("whole")
+    terminal.expect("WHOLE [0]")
+    assert "Ctrl-C again" not in terminal.shown
+    terminal.prompt()
     terminal.send(CTRL_C)
     terminal.expect("Ctrl-D or /exit leaves")
     terminal.prompt()

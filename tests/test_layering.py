@@ -14,8 +14,8 @@ LAYERS = ("kernels", "quant", "models", "engine")
 FOLDERS = (*LAYERS, "benchmarks", "tests")
 ENTRY_POINTS = ("chat", "quant.__main__", "engine.server", "benchmarks", "setup")
 HOMES = {  # heavy or optional packages, and the only files that may import them
-    "av": {"engine.media", "engine.doctor"},  # the second lists codecs only
-    "PIL": {"engine.media", "models.clip", "models.llava_next", "engine.config"},
+    "av": {"engine.video", "engine.doctor"},  # the second lists codecs only
+    "PIL": {"engine.images", "engine.config", "models.llava_next"},
     "sentencepiece": {"engine.tokenizer"},
     "tokenizers": {"engine.tokenizer"},
     "huggingface_hub": {"engine.hub"},

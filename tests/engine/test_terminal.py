@@ -149,6 +149,12 @@ def test_an_open_escape_sequence_ends_with_the_answer() -> None:
     assert out.getvalue() == "x\nnext"
 
 
+def test_a_hint_of_several_lines_keeps_them() -> None:
+    err = io.StringIO()
+    Screen(io.StringIO(), err).error("no weights", hint="1. here\n2. there\x1b[2J")
+    assert err.getvalue() == "error: no weights\n  1. here\n  2. there\n"
+
+
 def test_quiet_keeps_errors() -> None:
     out, err = io.StringIO(), io.StringIO()
     screen = Screen(out, err, quiet=True)
