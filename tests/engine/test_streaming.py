@@ -66,6 +66,7 @@ def test_pieces_concatenate_to_the_decoded_text(ids, drops):
 @given(IDS, STOPS, st.booleans())
 @example([0, 1, 0], ("ba",), False)
 @example([0, 10], ("ab", "b"), False)
+@example([10], ("aba", "b"), False)
 @example([3, 0, 1], ("ab",), True)
 @example([14, 15, 16, 0], ("猫a",), False)
 @example([4, 4], ("a a",), True)
