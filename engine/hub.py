@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..models.interface import Progress, ProgressFn, no_progress
 
 DISK_MARGIN_BYTES: Final = 256 << 20  # left free beside a download
 TIMEOUT_S: Final = 30.0
+RETRY_PAUSE_S: Final = 1.0
 SOURCE_FILE: Final = "sparsevila_source.json"  # in a downloaded folder: repository and commit
 BUNDLED: Final = "bundled"
 
@@ -448,9 +450,31 @@ def _fetch_all(
     total, before = sum(file.size for file in files), 0
     for file in files:
         if not (staging / file.name).is_file():
-            _fetch(target, commit, file, staging, (before, total, meter), endpoint)
+            _fetch_with_patience(target, commit, file, staging, (before, total, meter), endpoint)
         before += file.size
         meter.tell("download", before, total)
+
+
+def _fetch_with_patience(
+    target: _Target,
+    commit: str,
+    file: _RemoteFile,
+    staging: Path,
+    counted: tuple[int, int, _Meter],
+    endpoint: str | None,
+) -> None:
+    """Try again after a broken connection; give up after three tries in a row that brought nothing."""
+    meter, futile = counted[2], 0
+    while True:
+        before = _have(file, staging)
+        try:
+            return _fetch(target, commit, file, staging, counted, endpoint)
+        except Exception as error:
+            futile = 0 if _have(file, staging) > before else futile + 1
+            answered = getattr(error, "response", None) is not None or isinstance(error, (SparseVILAError, OSError))
+            if error is meter.stopped_by or (futile and answered) or futile == 3:
+                raise
+        time.sleep(RETRY_PAUSE_S)
 
 
 def _fetch(
@@ -461,7 +485,7 @@ def _fetch(
     counted: tuple[int, int, _Meter],
     endpoint: str | None,
 ) -> None:
-    """One file, from the byte where its part ends. Cut connections are tried again by `http_get`."""
+    """One file, from the byte where its part ends."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
