@@ -115,11 +115,14 @@ class KVCache:
 
         k, v (H_kv, M, D); visual (M,) bool says which belong in the visual store, None: none of them.
         """
-        if visual is None:
+        count = 0 if visual is None else int(visual.sum())
+        if visual is None or count == 0:
             self.text[layer].append(k, v)
-            return
-        self.visual[layer].append(k[:, visual], v[:, visual])
-        self.text[layer].append(k[:, ~visual], v[:, ~visual])
+        elif count == len(visual):
+            self.visual[layer].append(k, v)
+        else:
+            self.visual[layer].append(k[:, visual], v[:, visual])
+            self.text[layer].append(k[:, ~visual], v[:, ~visual])
 
     def activate(self, keep: Sequence[Tensor]) -> None:
         """Compacts the visual entries keep[layer] (k,) int64, ascending, into the active set of each layer."""

@@ -94,7 +94,6 @@ class Sparsity:
     """Fractions of visual tokens removed: `prefill` of the encoder's, `decode` of those left in the cache.
 
     `scope` says over what prefill ranks the frames of a video: each frame on its own, or all at once.
-    `rerotate` re-rotates gathered keys to contiguous positions (an ablation; the method leaves them alone).
     Source: arXiv 2510.17777, section 3.
     """
 
@@ -130,6 +129,8 @@ class Stats:
     visual_tokens_kept: int = 0  # in the visual store
     visual_tokens_active: float = 0.0  # read per decode step, mean over layers
     structural_tokens: int = 0
+    layer_tokens: float = 0.0  # prefilled in this turn, mean over the decoder's layers
+    kv_read_bytes: int = 0  # keys and values that the first decode step reads
     output_tokens: int = 0
     tokens_per_s: float = 0.0  # decode steps per second, the first token left out
     peak_memory_bytes: int = 0

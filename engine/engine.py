@@ -121,6 +121,10 @@ class Engine:
             session.attach(item, progress=progress)
         return session
 
+    def forget_features(self) -> None:
+        """Forgets encoded media that no session holds."""
+        self._features.clear()
+
     def warmup(self) -> None:
         """Runs one short turn, so that first-use costs (compilation, paging in) are not in the first answer."""
         with_text = self.session()

@@ -60,9 +60,18 @@ class _Chunk:
     """Consecutive tokens on their way through the layers; pruning inside the decoder shortens them."""
 
     hidden: Tensor  # (M, hidden_size)
-    positions: Tensor  # (M,) int64
+    cos: Tensor  # (M, D/2), of the positions
+    sin: Tensor
     visual: Tensor  # (M,) bool
     after_media: Tensor  # (M,) bool: stands after the last visual token of this prefill
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def select(self, stays: Tensor) -> None:
+        """Keeps the tokens stays (M,) bool; they keep their positions."""
+        for name in ("hidden", "cos", "sin", "visual", "after_media"):
+            setattr(self, name, getattr(self, name)[stays])
 
 
 class Runner:
@@ -126,7 +135,7 @@ class Runner:
             ]
             for layer in range(cache.num_layers):
                 progress(Progress("prefill", start + (end - start) * layer // cache.num_layers, total, "tokens"))
-                layer_tokens[layer] += sum(len(chunk.positions) for chunk in chunks)
+                layer_tokens[layer] += sum(map(len, chunks))
                 self._layer(cache, layer, chunks, method if prunes else None, mass)
             hidden = chunks[-1].hidden[-1]
         cache.next_position = next_position
@@ -143,12 +152,12 @@ class Runner:
         first_visual = cache.visual[layer].length
         seen: list[tuple[Tensor, Tensor]] = []  # q and lse of the rows that the method wants
         for i, chunk in enumerate(chunks):
-            q, k, v = module.project(chunk.hidden, *self.decoder.angles(chunk.positions))
+            q, k, v = module.project(chunk.hidden, chunk.cos, chunk.sin)
             parts = [attention(q, *part, causal=False) for part in cache.segments(layer) if part[0].shape[1]]
             attended, lse = merge_attention([*parts, attention(q, k, v, causal=True)])
             if mass is not None and len(mass[layer]):
                 mass[layer] += retrieval(q, cache.visual_keys(layer), lse)
-            cache.append(layer, k, v, chunk.visual if chunk.visual.any() else None)
+            cache.append(layer, k, v, chunk.visual)
             chunk.hidden = module.finish(chunk.hidden, attended)
             if rows is not None:
                 wanted = _wanted_rows(chunk, rows, last=i == len(chunks) - 1)
@@ -179,9 +188,8 @@ class Runner:
             stays = ~chunk.visual
             stays[chunk.visual] = goes_on[offset : offset + count]
             offset += count
-            chunk.hidden, chunk.positions = chunk.hidden[stays], chunk.positions[stays]
-            chunk.visual, chunk.after_media = chunk.visual[stays], chunk.after_media[stays]
-        chunks[:] = [chunk for chunk in chunks if len(chunk.positions)]
+            chunk.select(stays)
+        chunks[:] = [chunk for chunk in chunks if len(chunk)]
 
     def _positions(self, spans: Sequence[Span], start: int) -> tuple[Tensor, int]:
         parts = []
@@ -213,7 +221,7 @@ class Runner:
                 visual.append(~tokens.token_map.structural)
         return _Chunk(
             torch.cat(hidden),
-            positions[start:end],
+            *self.decoder.angles(positions[start:end]),
             torch.cat(visual).to(self.device),
             torch.arange(start, end, device=self.device) >= last_visual,
         )

@@ -433,6 +433,7 @@ class Session:
             visual_tokens_kept=self._cache.visual_lens()[0],
             visual_tokens_active=sum(active) / len(active),
             structural_tokens=structural,
+            kv_read_bytes=self._cache.read_bytes(),
             prefill_sparsity=sparsity.prefill,
             decode_sparsity=sparsity.decode,
         )

@@ -185,6 +185,7 @@ class TurnDriver:
                 self._cache, spans, method=method, score=score, progress=self._progress
             )
         self._meter.add("prompt_tokens", total)
+        self._meter.add("layer_tokens", sum(prefilled.layer_tokens) / len(prefilled.layer_tokens))
         return prefilled
 
     # The answer
