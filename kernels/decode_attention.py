@@ -5,7 +5,7 @@
 Segment a is the active set (or, in a dense turn, the visual store), segment b the text store. Attention
 does not care about the order of keys, each of which carries its own rotation.
 On a CPU it is a grouped matrix product over (key heads, query heads of a group): torch's
-`scaled_dot_product_attention(enable_gqa=True)` is about 20 times slower at one query.
+`scaled_dot_product_attention(enable_gqa=True)` is many times slower at one query (benchmarks/kernels).
 Source: flash-decoding (Dao et al., 2023) for the split; arXiv 2305.13245 for the groups.
 Sizes: H query heads, H_kv key heads, A and B keys of the segments, D head dimension.
 """
@@ -33,9 +33,23 @@ def decode_attention(q: Tensor, a: Segment, b: Segment, *, scale: float | None =
     scale = D**-0.5 if scale is None else scale
     grouped = (q * scale).reshape(H_kv, H // H_kv, D)
     A = a[0].shape[1]
-    scores = torch.cat([grouped @ k.transpose(1, 2) for k, _ in (a, b)], dim=-1)  # (H_kv, group, A + B)
+    scores = torch.cat([_by_head(grouped, k.transpose(1, 2)) for k, _ in (a, b)], dim=-1)  # (H_kv, group, A + B)
     p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return (p[..., :A] @ a[1] + p[..., A:] @ b[1]).reshape(H, D)
+    return (_by_head(p[..., :A], a[1]) + _by_head(p[..., A:], b[1])).reshape(H, D)
+
+
+def _by_head(x: Tensor, y: Tensor) -> Tensor:
+    """x (H_kv, m, n) @ y (H_kv, n, l) -> (H_kv, m, l).
+
+    A store with room to grow has gaps between its heads. On a CPU a batched 16-bit product copies such an operand
+    first, which costs several times the product itself; head by head nothing is copied.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return x @ y
+    out = x.new_empty(x.shape[0], x.shape[1], y.shape[2])
+    for head in range(x.shape[0]):
+        torch.mm(x[head], y[head], out=out[head])
+    return out
 
 
 def decode_attention_ref(q: Tensor, a: Segment, b: Segment, *, scale: float | None = None) -> Tensor:

@@ -58,7 +58,7 @@ class TestAttention:
 
     def test_decode(self, H, H_kv, M, N, D, dtype):
         q, k, v = rand(H, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype, scale=0.5)
-        for cut in {0, N // 4, N - 1}:
+        for cut in {0, N // 4, N - 1}:  # segments are slices, as in a store
             a, b = (k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])
             assert_close(decode_attention(q, a, b), decode_attention_ref(q, a, b), dtype)
 
