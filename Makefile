@@ -15,7 +15,8 @@ TYPED := $(VENV)/typed/sparsevila
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python chat.py --model demo --video assets/clips/shapes.mp4 --prompt "What happens in the clip?" $(ARGS)
+	$(BIN)/python chat.py --model demo --video assets/clips/shapes.mp4 --prompt "What happens in the clip?" \
+		--max-new-tokens 64 --stats $(ARGS)
 
 chat: $(VENV)/run.stamp
 	$(BIN)/python chat.py $(ARGS)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 try:
     from sparsevila import __version__
@@ -108,10 +108,17 @@ def media_of(args: argparse.Namespace, settings: commands.Settings) -> list[Imag
     items: list[Image | Video] = []
     for kind, typed in args.media or ():
         path = commands.clean_path(typed)
-        if "://" not in path and not os.path.lexists(path):
-            raise MediaNotFound(f"{typed}: there is no such file")
+        if not os.path.lexists(path):
+            refuse_missing(typed)
         items.append(Image(path) if kind == "image" else replace(settings.video, source=path))
     return items
+
+
+def refuse_missing(typed: str) -> NoReturn:
+    from sparsevila.engine.media_file import refuse_address  # brings torch: only where something is wrong
+
+    refuse_address(typed)
+    raise MediaNotFound(f"{typed}: there is no such file")
 
 
 def system_of(args: argparse.Namespace) -> str | None:
@@ -319,7 +326,7 @@ def run_doctor() -> int:
     from sparsevila.engine import doctor
 
     for name, value in doctor.report(__version__):
-        print(f"{name:18} {value}", flush=True)
+        print(f"{name:24} {value}", flush=True)
     return 0
 
 

@@ -245,19 +245,15 @@ def is_file(path: str) -> bool:
         return False
 
 
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-_IMAGE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM")
-
-
 def media_kind(path: str) -> MediaKind:
-    """Whether a dropped file is a picture or a clip: by its first bytes, or by its name where it cannot be read."""
+    """Whether a dropped file is a picture or a clip, by its first bytes. What is neither is refused as a picture."""
+    from .media_file import read_head, sniff  # brings torch, which a line at the prompt finds loaded and --help not
+
     try:
         with open(path, "rb") as file:
-            head = file.read(12)
+            return "video" if sniff(read_head(file)).kind == "video" else "image"
     except OSError:
-        return "image" if os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES else "video"
-    is_image = head.startswith(_IMAGE_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-    return "image" if is_image else "video"
+        return "image"
 
 
 # ---- slash commands

@@ -173,7 +173,8 @@ class Screen:
         self._filter = EscapeFilter() if stdout.isatty() else None
         self._line = ProgressLine(stderr, redraw=self.stderr_is_tty and not plain, clock=clock)
         self._clock = clock
-        self._last_event_s = float("-inf")
+        self._last_event = ("", float("-inf"))  # stage, time
+        self._answering = False
         self._at_line_start = True
 
     # -- the model's text
@@ -182,6 +183,7 @@ class Screen:
         """A piece of an answer, to stdout at once."""
         if not piece:
             return
+        self._answering = True
         if self._json:
             self._event("chunk", text=piece)
             return
@@ -198,7 +200,7 @@ class Screen:
         if not self._json and not self._at_line_start:
             self._out.write("\n")
             self._out.flush()
-        self._at_line_start = True
+        self._at_line_start, self._answering = True, False
         if self._filter:
             self._filter = EscapeFilter()  # a sequence left open must not reach into the next answer
 
@@ -244,11 +246,13 @@ class Screen:
     # -- progress
 
     def progress(self, progress: Progress) -> None:
-        """The callback for the engine's long stages."""
+        """The callback for the engine's long stages. What the engine does after the first word is not one."""
+        if self._answering:
+            return
         if self._json:
-            now = self._clock()
-            if progress.done == progress.total or now - self._last_event_s >= REDRAW_S:
-                self._last_event_s = now
+            now, (stage, drawn_s) = self._clock(), self._last_event
+            if progress.stage != stage or progress.done == progress.total or now - drawn_s >= REDRAW_S:
+                self._last_event = (progress.stage, now)
                 self._event("stage", **dataclasses.asdict(progress))
         elif not self._quiet:
             self._line(progress)

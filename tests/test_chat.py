@@ -133,9 +133,11 @@ def test_stdin_that_is_not_text_is_refused(monkeypatch: pytest.MonkeyPatch, caps
     assert "expected UTF-8 text" in capsys.readouterr().err
 
 
-def test_a_missing_file_is_found_before_the_model_is_loaded(run: Any) -> None:
-    assert run("--prompt", "x", "--video", "gone.mp4") == 4
-    assert run.engine is None
+def test_a_missing_file_is_found_before_the_model_is_loaded(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in (("gone.mp4", "there is no such file"), ("http://here/clip.mp4", "got a http: address")):
+        assert run("--prompt", "x", "--video", path) == 4
+        assert message in capsys.readouterr().err
+        assert run.engine is None
 
 
 def test_flags_reach_the_engine(run: Any, clip: str, tmp_path: Path) -> None:

@@ -155,6 +155,28 @@ def test_a_hint_of_several_lines_keeps_them() -> None:
     assert err.getvalue() == "error: no weights\n  1. here\n  2. there\n"
 
 
+def test_progress_behind_the_first_word_is_not_shown() -> None:
+    err = io.StringIO()
+    screen = Screen(io.StringIO(), err)
+    for word in ("one", "two"):
+        screen.progress(Progress("prefill", 7, 7, "tokens"))
+        screen.text(word)
+        screen.progress(Progress("prefill", 1, 1, "tokens"))  # the closing text of the turn
+        screen.end_answer()
+    assert err.getvalue() == "prefill 7 of 7 tokens\n" * 2
+
+
+def test_json_tells_of_every_stage() -> None:
+    out, clock = io.StringIO(), Clock()
+    screen = Screen(out, io.StringIO(), as_json=True, clock=clock)
+    for stage, done in (("load", 9), ("decode", 1), ("decode", 2), ("encode", 9)):
+        screen.progress(Progress(stage, done, 9, "frames"))
+    clock.now += 1
+    screen.progress(Progress("encode", 3, 9, "frames"))
+    shown = [(line["stage"], line["done"]) for line in map(json.loads, out.getvalue().splitlines())]
+    assert shown == [("load", 9), ("decode", 1), ("encode", 9), ("encode", 3)]
+
+
 def test_quiet_keeps_errors() -> None:
     out, err = io.StringIO(), io.StringIO()
     screen = Screen(out, err, quiet=True)
