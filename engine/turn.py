@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextTooLong
-from ..models.interface import ProgressFn, PromptPiece
+from ..models.interface import ProgressFn, PromptPiece, no_progress
 from .cache import KVCache
 from .config import Chunk, FinishReason, SamplingParams
 from .conversation import MediaItem, Placed, Policy, Record, State, select
@@ -170,7 +170,9 @@ class TurnDriver:
                     self._cache.activate(active)
         return select(state.placed, scores, active)
 
-    def _prefill(self, spans: list[Span], method: Method, *, score: bool = False) -> Prefilled:
+    def _prefill(
+        self, spans: list[Span], method: Method, *, score: bool = False, progress: ProgressFn | None = None
+    ) -> Prefilled:
         visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
         total = sum(len(span) for span in spans)
         if self._cache.next_position + total > self._engine.max_context:
@@ -182,7 +184,7 @@ class TurnDriver:
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
         with self._meter.timed("prefill"), self._engine.device_lock:
             prefilled = self._engine.runner.prefill(
-                self._cache, spans, method=method, score=score, progress=self._progress
+                self._cache, spans, method=method, score=score, progress=progress or self._progress
             )
         self._meter.add("prompt_tokens", total)
         self._meter.add("layer_tokens", sum(prefilled.layer_tokens) / len(prefilled.layer_tokens))
@@ -264,7 +266,8 @@ class TurnDriver:
     def _remember(self, before: State, asked: State, record: Record, *, unfed: tuple[int, ...]) -> State:
         closing = unfed + self._ids(self._engine.model.prompt.closing())
         if closing:
-            self._prefill([TextSpan(closing)], Method())
+            # The answer is out: nothing is left to report or to cancel.
+            self._prefill([TextSpan(closing)], Method(), progress=no_progress)
         self._cache.deactivate()
         record = replace(record, before=before, asked=asked)
         return replace(

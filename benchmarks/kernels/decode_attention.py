@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
 from torch.nn import functional as F
+
+from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe

@@ -68,7 +68,7 @@ def test_missing_factor_names_file_and_key():
     ("text", "context"),
     [
         ({"model_type": "llama", "max_position_embeddings": 4096}, 4096),
-        ({"model_type": "llama", "max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.5}}, 10240),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.5}}, 10240),
         ({"model_type": "mistral"}, 4096),  # the class's sliding window
         ({"model_type": "mistral", "sliding_window": None, "max_position_embeddings": 32768}, 32768),
         ({"model_type": "mistral", "sliding_window": 1000}, 1000),
