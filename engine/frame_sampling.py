@@ -77,7 +77,7 @@ def limit_count(
     """(frames to use, notes): never more than there are; a default that does not fit becomes what fits."""
     count = min(wanted, available)
     notes: tuple[str, ...] = ()
-    if wanted > available and video.frames is not None:
+    if wanted > available and (video.frames, video.fps) != (None, None):
         part = "clip" if video.start == 0 and video.end is None else "chosen part"
         notes = (f"{_counted(count)} used: the {part} has no more",)
     if video.frames is None and video.fps is None and count > (fits := frames_that_fit(*size, limits)):
@@ -93,7 +93,7 @@ def _counted(count: int) -> str:
 def spread(video: Video, start: float, end: float, count: int, mean_frame_s: float) -> np.ndarray:
     """(count,) float64: the wanted timestamps in seconds, by the rule at the top."""
     later = _TIE_FRAMES * mean_frame_s
-    if video.fps is not None:
+    if video.fps is not None and count / video.fps >= end - start - _ROUNDING_S:  # fewer: there are no more frames
         return start + np.arange(count) / video.fps + later
     return start + (np.arange(count) + 0.5) * ((end - start) / count) - mean_frame_s / 2 + later
 

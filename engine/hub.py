@@ -508,7 +508,7 @@ def _fetch(
             headers=headers,
             expected_size=file.size,
             displayed_filename=file.name,
-            _tqdm_bar=_NoBar(),  # type: ignore[arg-type]
+            _tqdm_bar=_NoBar(),
         )
     part.replace(staging / file.name)
 

@@ -159,7 +159,7 @@ def _corrupt(file: str, reason: str) -> NoReturn:
 
 
 def _sentencepiece(data: bytes) -> _Vocabulary:
-    import sentencepiece  # type: ignore[import-untyped]
+    import sentencepiece
 
     file = "tokenizer.model"
     if not data:  # the package accepts it and fails at the first use

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sparsevila.kernels.attention import attention, attention_ref, merge_attention
 from sparsevila.kernels.compaction import compaction, compaction_ref
 from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
