@@ -215,7 +215,7 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def _config(shape: Shape, dtype: str) -> dict[str, Any]:
+def _text_config(shape: Shape, dtype: str) -> dict[str, Any]:
     text: dict[str, Any] = {
         "architectures": [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[shape.text_model]],
         "hidden_act": "silu",
@@ -238,6 +238,10 @@ def _config(shape: Shape, dtype: str) -> dict[str, Any]:
         text["rope_scaling"] = {"type": shape.rope_scaling[0], "factor": shape.rope_scaling[1]}
     if shape.text_model == "mistral":
         text["sliding_window"] = None
+    return text
+
+
+def _config(shape: Shape, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [
             {
@@ -250,7 +254,7 @@ def _config(shape: Shape, dtype: str) -> dict[str, Any]:
         "image_token_index": shape.token_id("<image>"),
         "model_type": shape.model,
         "projector_hidden_act": "gelu",
-        "text_config": text,
+        "text_config": _text_config(shape, dtype),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_image_newline_parameter": True,
