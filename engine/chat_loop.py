@@ -113,7 +113,7 @@ class Chat:
             self._screen.block("[stopped]")
         else:
             self._unanswered, self._last_stats = None, stats
-        if stats and self._show_stats:
+        if stats and stats.output_tokens and self._show_stats:
             self._screen.stats(stats)
         return reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class Terminal:
         self.shown += self._child.before
         self._child.close()
         return self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus
+
+    def terminate(self) -> None:
+        self._child.kill(signal.SIGTERM)
 
     def kill(self) -> None:
         self._child.close(force=True)

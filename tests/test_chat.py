@@ -12,7 +12,7 @@ import fake_engine
 import pytest
 
 from sparsevila import chat, errors
-from sparsevila.engine import commands
+from sparsevila.engine import commands, hub
 from sparsevila.engine.chat_loop import Chat
 from sparsevila.engine.config import Image, SamplingParams, Sparsity, Video
 from sparsevila.engine.terminal import Screen
@@ -204,6 +204,44 @@ def test_help_shows_the_defaults_of_the_fields(capsys: pytest.CaptureFixture[str
     assert f"longest answer in tokens (default: {SamplingParams().max_new_tokens})" in text
     for row in commands.OPTIONS:
         assert row.flag in text
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "code", "fetched"), [("y", 0, ["llava-next-7b"]), ("", 3, []), ("no", 3, [])])
+def test_a_download_needs_a_yes(answer: str, code: int, fetched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[str] = []
+    monkeypatch.setattr(hub, "download", lambda model, *, progress: got.append(model))
+    monkeypatch.setattr("sys.stdin", Tty(f"{answer}\n/exit\n"))
+    monkeypatch.setattr("sys.stderr", Tty())
+
+    def load(model: str, **options: Any) -> fake_engine.FakeEngine:
+        return fake_engine.load(model if got else "missing", **options)
+
+    assert exit_code(lambda: chat.main(["--model", "llava-next-7b", "--plain"], load=load)) == code  # type: ignore[arg-type]
+    assert got == fetched
+
+
+def test_an_unknown_name_is_not_offered_for_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin, stderr = Tty("y\n"), Tty()
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert chat.main(["--model", "missing", "--plain"], load=fake_engine.load) == 3  # type: ignore[arg-type]
+    assert stdin.tell() == 0
+    assert "Download" not in stderr.getvalue()
+
+
+def test_models_get(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def download(model: str, *, progress: Any) -> hub.ModelFolder:
+        progress(fake_engine.FakeStep("download", 5, 5, "bytes"))
+        return hub.ModelFolder(Path("there"), "SPARSEVILA_HOME")
+
+    monkeypatch.setattr(hub, "download", download)
+    assert chat.main(["models", "--get", "llava-next-7b"]) == 0
+    assert capsys.readouterr() == ("", "download 5 B of 5 B\nllava-next-7b is in there\n")
 
 
 # ---- the conversation

@@ -195,6 +195,14 @@ def test_sigterm_ends_it_cleanly() -> None:
     assert (process.returncode, err) == (143, b"")
 
 
+def test_sigterm_at_the_prompt(open_terminal: Any) -> None:
+    terminal = open_terminal()
+    terminal.prompt()
+    terminal.terminate()
+    assert terminal.code() == 143
+    assert "Traceback" not in terminal.shown
+
+
 def test_a_narrow_ascii_terminal_does_no_harm(open_terminal: Any) -> None:
     terminal = open_terminal("--model", "utf8", "--prompt", "x", PYTHONIOENCODING="ascii", COLUMNS="5")
     assert terminal.code() == 0
