@@ -97,9 +97,11 @@ class KVCache:
 
     # Capacity
 
-    def bytes_with(self, *, visual: int = 0, text: int = 0) -> int:
-        """Bytes of the visual and text stores once `reserve` made room for that many more entries."""
+    def bytes_with(self, *, visual: int = 0, text: int = 0, active: Sequence[int] = ()) -> int:
+        """Bytes of all stores once `reserve` made room for that many more entries, and for active sets of that size."""
+        sets = active or [0] * self.num_layers
         entries = sum(_grown(s, visual) for s in self.visual) + sum(_grown(s, text) for s in self.text)
+        entries += sum(max(s.capacity, _rounded(n)) for s, n in zip(self.active, sets, strict=True))
         return entries * self._entry_bytes
 
     def reserve(self, *, visual: int = 0, text: int = 0) -> None:

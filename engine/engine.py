@@ -86,6 +86,15 @@ class Engine:
         trained = loaded.decoder.config.max_context
         if max_context is not None and not 1 <= max_context <= trained:
             raise InvalidRequest(f"context: expected 1 to {trained}, got {max_context}")
+        context, notes = max_context or trained, list(checkpoint.notes)
+        if limit is not None:
+            fits = max(1, (limit - _fixed_bytes(loaded)) // _position_bytes(loaded))
+            if max_context is not None and fits < max_context:
+                need = _fixed_bytes(loaded) + max_context * _position_bytes(loaded)
+                raise InsufficientMemory(need, limit, what=f"a context of {max_context}", hint=f"--ctx {fits} fits")
+            if fits < context:
+                notes.append(f"context {fits} instead of {context}: that is what fits the memory limit")
+                context = fits
         parameters = list(loaded.parameters())
         info = EngineInfo(
             model=str(model),
@@ -95,9 +104,9 @@ class Engine:
             device=str(target),
             parameters=sum(p.numel() for p in parameters),
             weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-            max_context=max_context or trained,
+            max_context=context,
             load_s=time.perf_counter() - start,
-            notes=tuple(checkpoint.notes),
+            notes=tuple(notes),
         )
         return Engine(loaded, tokenizer, info, max_memory_bytes=limit, sparsity=sparsity)
 
@@ -171,10 +180,14 @@ class Engine:
         while total > _FEATURE_CACHE_BYTES and len(self._features) > 1:
             total -= size(self._features.popitem(last=False)[1])
 
-    def reserve(self, cache: KVCache, *, visual: int, text: int) -> None:
-        """Makes room in a cache. Raises InsufficientMemory before the allocation where `max_memory` forbids it."""
+    def reserve(self, cache: KVCache, *, visual: int = 0, text: int = 0, active: Sequence[int] = ()) -> None:
+        """Makes room in a cache, before anything is written to it.
+
+        `visual` and `text` are entries to come, `active` the sizes of the active sets. Raises InsufficientMemory before
+        the allocation where `max_memory` forbids it.
+        """
         if self._max_memory_bytes is not None:
-            need = cache.bytes_with(visual=visual, text=text)
+            need = cache.bytes_with(visual=visual, text=text, active=active)
             free = self._max_memory_bytes - self.info.weight_bytes - _WORKSPACE_BYTES
             if need > free:
                 raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
@@ -228,3 +241,15 @@ def _check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | 
     need = entries * torch.empty((), dtype=dtype).element_size() + _WORKSPACE_BYTES
     if need > limit:
         raise InsufficientMemory(need, limit, what="loading this model", hint="use a smaller model or a higher limit")
+
+
+def _fixed_bytes(model: VisionLanguageModel) -> int:
+    """Weights and workspace: what does not grow with the conversation."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + _WORKSPACE_BYTES
+
+
+def _position_bytes(model: VisionLanguageModel) -> int:
+    """Keys and values of one position in every layer. Active sets are not in it: they are a share of a turn's tokens."""
+    config = model.decoder.config
+    entry = 2 * config.num_kv_heads * config.head_dim * model.decoder.norm.weight.element_size()
+    return config.num_layers * entry

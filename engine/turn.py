@@ -167,6 +167,7 @@ class TurnDriver:
                 else:
                     warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=2)
                 if active is not None:
+                    self._engine.reserve(self._cache, active=[len(layer) for layer in active])
                     self._cache.activate(active)
         return select(state.placed, scores, active)
 

@@ -780,11 +780,21 @@ class TestLimits:
             Engine.load(folder, device="cpu", dtype="float32", max_memory="100MB")
         with Engine.load(folder, device="cpu", dtype="float32") as engine:
             limit = (512 << 20) + engine.info.weight_bytes + 400_000
+            assert engine.info.max_context == 4096
+        with pytest.raises(InsufficientMemory) as caught:
+            Engine.load(folder, device="cpu", dtype="float32", max_memory=limit, max_context=4000)
+        assert "--ctx" in caught.value.hint
         with Engine.load(folder, device="cpu", dtype="float32", max_memory=limit) as engine:
             session = engine.session(sparsity=DENSE)
+            assert 500 < engine.info.max_context < 4096  # shrunk to what fits, and said so
+            assert any("context" in note for note in engine.info.notes)
             session.ask("Hi", params=SHORT)
+            other = engine.session(media=[picture()], sparsity=DENSE)
+            engine._max_memory_bytes -= 300_000
             with pytest.raises(InsufficientMemory):
-                session.ask("Hi", params=SamplingParams(max_new_tokens=4000))
+                other.ask("Hi", params=SHORT)
+            with pytest.raises(InsufficientMemory):
+                session.ask("Hi", params=SamplingParams(max_new_tokens=900))
             assert len(session.history) == 1
             session.ask("Hi", params=SHORT)
 

@@ -131,3 +131,19 @@ def test_compaction():
     compaction_ref(src, keep, want)
     assert torch.equal(got[:, :4], want[:, :4])
     assert got[:, 4:].isnan().all()
+
+
+def test_every_op_has_a_reference_with_the_same_arguments():
+    import importlib
+    import inspect
+    from pathlib import Path
+
+    folder = Path(inspect.getfile(attention)).parent
+    names = sorted(path.stem for path in folder.glob("*.py"))
+    assert len(names) >= 8
+    for name in names:
+        module = importlib.import_module(f"sparsevila.kernels.{name}")
+        op, reference = getattr(module, name), getattr(module, f"{name}_ref")
+        assert list(inspect.signature(op).parameters) == list(inspect.signature(reference).parameters), name
+        assert op.__doc__, name
+        assert f"{name}_ref" in Path(__file__).read_text(), f"{name} is compared with nothing here"
