@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 MAX_TEXT_BYTES = 16 * 2**20  # of a prompt on stdin or a system text in a file; far above any context
 CLOSED_PIPE, TERMINATED = 141, 143
+# Below this size an operation is quicker computed than handed out to several threads; beside another busy process the
+# hand-over costs milliseconds each time.
+ONE_THREAD_BYTES = 64 * 2**20
 
 
 # ---- command line
@@ -77,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     machine.add_argument("--max-memory", metavar="SIZE", help="a promise, e.g. 6GiB")
     machine.add_argument("--ctx", default="auto", metavar="auto|N", help="context in tokens")
+    machine.add_argument("--threads", default="auto", metavar="auto|N", help="CPU threads of torch")
     machine.add_argument("--offline", action="store_true", help="never use the network, and ask nothing about it")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -208,7 +212,11 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
     _set_up_messages(args, screen)
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
     settings = settings_of(args)
+    threads = None if args.threads == "auto" else commands.parse_int(args.threads)
+    if threads is not None and threads < 1:
+        raise InvalidRequest(f"--threads: expected at least 1, got {threads}")
     context = None if args.ctx == "auto" else commands.parse_int(args.ctx)
     media, system = media_of(args, settings), system_of(args)
     question = question_of(args, sys.stdin)
@@ -233,6 +241,7 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
         engine = load_once()
     with engine:
         screen.clear_progress()
+        _set_threads(threads, engine)
         banner(screen, engine.info)
         stats = sys.stderr.isatty() if args.stats is None else args.stats
         chat = Chat(engine, screen, settings, system=system, stats=stats)
@@ -242,6 +251,15 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
             return converse(chat, media, screen, args)
         finally:
             chat.close()
+
+
+def _set_threads(threads: int | None, engine: Engine) -> None:
+    import torch
+
+    if threads is None and engine.info.device == "cpu" and engine.info.weight_bytes < ONE_THREAD_BYTES:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def answer_once(chat: Chat, media: list[Image | Video], question: str) -> int:
@@ -307,6 +325,7 @@ def run_models(argv: list[str], screen: terminal.Screen) -> int:
     parser = argparse.ArgumentParser(prog="chat.py models", description="List the known models, or fetch one.")
     parser.add_argument("--get", metavar="ALIAS", help="download the weights of ALIAS")
     args = parser.parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
     from sparsevila.engine import hub
 
     if args.get:

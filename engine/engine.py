@@ -249,7 +249,7 @@ def _fixed_bytes(model: VisionLanguageModel) -> int:
 
 
 def _position_bytes(model: VisionLanguageModel) -> int:
-    """Keys and values of one position in every layer. Active sets are not in it: they are a share of a turn's tokens."""
+    """Keys and values of one position in every layer; active sets, a share of a turn's tokens, are not in it."""
     config = model.decoder.config
     entry = 2 * config.num_kv_heads * config.head_dim * model.decoder.norm.weight.element_size()
     return config.num_layers * entry

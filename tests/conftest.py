@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from oracles import TINY, Oracle, build_oracle
+
+# The models of the tests are tiny: beside another busy process a second thread costs milliseconds per operation.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
