@@ -51,7 +51,12 @@ class FramePicker:
 
     @property
     def done(self) -> bool:
-        return self._next == len(self.wanted)
+        return self.num_open == 0
+
+    @property
+    def num_open(self) -> int:
+        """How many wanted times are not served yet."""
+        return len(self.wanted) - self._next
 
     @property
     def target(self) -> int:

@@ -1,9 +1,9 @@
 """Which frames of a video are used: a rule over times, the same for every decoder.
 
-`frames=N` cuts [start, end) into N equal parts and takes the frame in the middle of each. A frame stands for
-the time that it is on the screen, so its middle, half a mean frame after its timestamp, is what is compared:
-N = number of frames gives every frame exactly once, whatever the rounding of the container's clock.
-`fps=R` takes the frames nearest to start, start + 1/R, ... before end.
+`frames=N` cuts [start, end) into N equal parts and wants the middle of each; `fps=R` wants start, start + 1/R,
+... before end. Each wanted time takes the frame with the nearest timestamp, and no frame is taken twice. The
+middles are moved back by half a frame, since a frame is on the screen from its timestamp on: thus N = number of
+frames gives every frame exactly once, whatever the rounding of the container's clock.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def choose(
         inside = np.array([max(0, int(np.searchsorted(times_s, start, side="right")) - 1)])
     wanted = num_wanted(video, end - start, default_frames)
     count, short = limit_count(video, wanted, len(inside), size, limits)
-    targets = spread(video, start, end, count, mean_frame_s=(end - start) / len(inside))
+    # The median, because a clip of uneven times may have one picture that stands for minutes.
+    frame_s = float(np.median(np.diff(times_s[inside]))) if len(inside) > 1 else end - start
+    targets = spread(video, start, end, count, frame_s)
     return Choice(targets, inside[nearest_distinct(times_s[inside], targets)], notes + short)
 
 
@@ -90,12 +92,12 @@ def _counted(count: int) -> str:
     return "1 frame" if count == 1 else f"{count} frames"
 
 
-def spread(video: Video, start: float, end: float, count: int, mean_frame_s: float) -> np.ndarray:
+def spread(video: Video, start: float, end: float, count: int, frame_s: float) -> np.ndarray:
     """(count,) float64: the wanted timestamps in seconds, by the rule at the top."""
-    later = _TIE_FRAMES * mean_frame_s
+    later = _TIE_FRAMES * frame_s
     if video.fps is not None and count / video.fps >= end - start - _ROUNDING_S:  # fewer: there are no more frames
         return start + np.arange(count) / video.fps + later
-    return start + (np.arange(count) + 0.5) * ((end - start) / count) - mean_frame_s / 2 + later
+    return start + (np.arange(count) + 0.5) * ((end - start) / count) - frame_s / 2 + later
 
 
 def nearest_distinct(times_s: np.ndarray, targets_s: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ _PILLOW_ERRORS = (
     AttributeError,
     NotImplementedError,
     RuntimeError,
+    UserWarning,  # where the caller turned warnings into errors
     struct.error,
     zlib.error,
     PIL.Image.DecompressionBombError,

@@ -208,10 +208,14 @@ class _Reading:
         all_ticks, is_key = np.frombuffer(ticks, np.int64), np.frombuffer(keys, np.bool_)
         visible = np.setdiff1d(all_ticks, np.fromiter(hidden, np.int64, len(hidden)))  # sorted, distinct
         rate = float(stream.average_rate or 0) or 25.0
-        # AVI stores no times: FFmpeg makes them from the order in the file, which is not that of showing.
-        if counted or not len(visible) or (self._kind.format == "avi" and stream.codec_context.has_b_frames):
+        is_avi = self._kind.format == "avi"
+        # AVI stores no times: FFmpeg makes them from the order in the file, which is not that of showing. Joined
+        # transport streams start again at 0: then a key frame is not shown after the one before it.
+        counted = counted or (is_avi and stream.codec_context.has_b_frames) or not len(visible)
+        if counted or np.any(np.diff(all_ticks[is_key]) <= 0):
             order = np.arange(len(ticks), dtype=np.int64)
-            duration_s = len(order) / rate if self._cut or not self._header_s else self._header_s
+            trust_header = is_avi and not self._cut and self._header_s > 0  # an AVI's rate may count empty frames
+            duration_s = self._header_s if trust_header else len(order) / rate
             return _Index(order, is_key, order, duration_s / len(order), duration_s, True)
         tick_s = float(stream.time_base or 1)
         duration_s = float(end - visible[0]) * tick_s
@@ -264,7 +268,7 @@ class _Reading:
             available = max(1, round((end - start) * float(rate)))
             count, short = limit_count(self._video, wanted, available, (codec.height, codec.width), self._limits)
             origin = stream.start_time or 0
-            targets = spread(self._video, start, end, count, mean_frame_s=1 / float(rate))
+            targets = spread(self._video, start, end, count, frame_s=1 / float(rate))
             picker = self._start([origin + round(t / tick_s) for t in targets.tolist()])
             while not picker.done:
                 self._seek_and_decode(container, stream, picker, origin, tick_s)
@@ -299,9 +303,12 @@ class _Reading:
                     raise TimesLie
                 if not landed_early and frame.pts > picker.target:
                     return False
-                landed_early = True
+                landed_early, open_before = True, picker.num_open
                 picker.offer(frame.pts, frame)
-                if picker.done or (picker.target - frame.pts) * tick_s > self._limits.scan_gap_s:
+                if picker.done:
+                    return True
+                is_far = (picker.target - frame.pts) * tick_s > self._limits.scan_gap_s
+                if is_far and picker.num_open < open_before:  # otherwise this stretch is what leads to the target
                     return True
         picker.end()
         return True
