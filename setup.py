@@ -18,6 +18,7 @@ setup(
     description="Sparse, quantised, streaming chat with images and videos on one ordinary GPU, or none",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.10",
     package_dir={"sparsevila": "."},
     packages=[
@@ -50,6 +51,7 @@ setup(
             "transformers>=5.17",
             "flash-colreduce>=0.2.2",
             "pexpect>=4.9",
+            "decord2>=3",
             "ruff>=0.14",
             "mypy>=1.18",
         ],
