@@ -63,18 +63,20 @@ def shown(source: object) -> str:
     """What the user typed, fit for one line of a message: no control characters, not endless."""
     if isinstance(source, bytes):
         return "<bytes>"
-    text = "".join(c if c.isprintable() else "?" for c in str(source))
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
+    text = str(source)
+    if len(text) > _MAX_SHOWN:
+        text = text[: _MAX_SHOWN - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # `Path("http://x")` has one slash left; a single letter before the colon is a Windows drive.
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/|data:", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+:/|\s*data:", re.IGNORECASE)
 
 
 def refuse_address(source: str | Path) -> None:
     """Raises RemoteMediaRefused for anything that is an address and not a path."""
-    if match := _ADDRESS.match(str(source).lstrip()):
-        scheme = match.group().partition(":")[0].lower()
+    if match := _ADDRESS.match(str(source)):
+        scheme = match.group().partition(":")[0].strip().lower()
         raise RemoteMediaRefused(
             f"{shown(source)}: expected the path of a local file, got a {scheme}: address",
             hint="download the file and give its path",

@@ -35,6 +35,14 @@ def numbered(i: int, size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.broadcast_to(columns[None, :, None], (height, width, 3)).copy()
 
 
+def numbered_noise(i: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """The same over a lower third of noise: so large a stream that damage hits pictures and not headers."""
+    frame = numbered(i, size)
+    third = size[1] // 3
+    frame[-third:] = np.random.default_rng(i).integers(0, 255, (third, size[0], 3), dtype=np.uint8)
+    return frame
+
+
 def number_of(rgb: np.ndarray) -> int:
     """The number in an upright frame (H, W, 3)."""
     height, width, _ = rgb.shape
@@ -131,12 +139,11 @@ def webm_claiming_size(data: bytes, size: tuple[int, int], claimed: int) -> byte
     return data
 
 
-def jpeg_claiming_size(data: bytes, width: int, height: int) -> bytes:
-    """Every JPEG start-of-frame header in the file claims this size: the stream is larger than its container says."""
-    parts = data.split(b"\xff\xc0\x00\x11\x08")
-    return (b"\xff\xc0\x00\x11\x08").join(
-        [parts[0], *(struct.pack(">HH", height, width) + part[4:] for part in parts[1:])]
-    )
+def vp8_claiming_size(data: bytes, width: int, height: int) -> bytes:
+    """Every VP8 key frame claims this size (14 bits each): the stream is larger than its container says."""
+    start = b"\x9d\x01\x2a"
+    parts = data.split(start)
+    return start.join([parts[0], *(struct.pack("<HH", width, height) + part[4:] for part in parts[1:])])
 
 
 # ---- playlists: `{url}` and `{file}` are what they would fetch and open
@@ -223,18 +230,19 @@ SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"><image hr
 
 
 def mutants(data: bytes, count: int, seed: int) -> list[bytes]:
-    """Byte flips, cuts and zero blocks, in turn."""
+    """Byte flips, cuts and zero blocks, in turn; every other one within the first 2 kB, where headers stand."""
     chance = random.Random(seed)
     made = []
     for i in range(count):
         mutant = bytearray(data)
+        reach = len(data) if i % 2 else min(len(data), 2048)
         if i % 3 == 0:
             for _ in range(chance.choice((1, 4, 16, 64))):
-                mutant[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+                mutant[chance.randrange(reach)] ^= 1 << chance.randrange(8)
         elif i % 3 == 1:
-            del mutant[chance.randrange(len(data) // 10, len(data)) :]
+            del mutant[chance.randrange(reach // 10, reach) :]
         else:
-            start = chance.randrange(len(data))
+            start = chance.randrange(reach)
             length = min(chance.choice((16, 256, 2048)), len(data) - start)
             mutant[start : start + length] = bytes(length)
         made.append(bytes(mutant))
