@@ -77,8 +77,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InvalidRequest(f"{name}: expected a whole number of at least {low}, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 1 << 63:
+                raise InvalidRequest(f"{name}: expected a whole number from {low} to 2**63 - 1, got {value!r}")
         _finite("temperature", self.temperature)
         _finite("top_p", self.top_p)
         if self.temperature < 0:

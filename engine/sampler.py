@@ -22,12 +22,23 @@ class Sampler:
             raise SparseVILAError("the model's logits are not finite", hint="try --dtype float32")
         if self.params.temperature == 0:
             return int(logits.argmax())
-        logits = logits.cpu() / self.params.temperature
+        p = self.probabilities(logits.cpu())
+        return int(torch.multinomial(p, 1, generator=self._generator))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Chances (V,) float64, in proportion, of logits (V,) float32: temperature, then `top_k`, then `top_p`."""
+        # The largest becomes 0 and divides to 0 by any temperature; float64, as the smallest ones are 0 in float32.
+        logits = logits.double()
+        logits = (logits - logits.max()) / self.params.temperature
         if 0 < self.params.top_k < len(logits):
             threshold = logits.topk(self.params.top_k).values[-1]
             logits = logits.masked_fill(logits < threshold, -torch.inf)
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
+        p = logits.softmax(-1)
         if self.params.top_p < 1:
-            # The smallest set that holds top_p: a token stays while those before it hold less.
-            p = p.masked_fill(p.cumsum(-1) - p >= self.params.top_p, 0)
-        return int(order[torch.multinomial(p, 1, generator=self._generator)])
+            # The smallest set that holds top_p: a token stays while those before it hold less. All tokens below the
+            # bound together hold less than the rest, so they need no sorting.
+            likely = torch.nonzero(p >= (1 - self.params.top_p) / len(p))[:, 0]
+            ranked, order = p[likely].sort(descending=True, stable=True)
+            kept = likely[order[ranked.cumsum(-1) - ranked < self.params.top_p]]
+            p = torch.zeros_like(p).index_copy_(0, kept, p[kept])
+        return p
