@@ -38,9 +38,9 @@ class MediaItem:
     tokens: VisualTokens | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
-    """A media item in the cache: its encoder tokens, and which of them entered (None: all)."""
+    """A media item in the cache: its encoder tokens, and which of them entered (None: all). Equal to itself alone."""
 
     tokens: VisualTokens
     keep: Tensor | None

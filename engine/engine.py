@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -84,8 +85,8 @@ class Engine:
         loaded = load_model(checkpoint, dtype=chosen, device=target, progress=progress)
         check_media_tokens(tokenizer, loaded)
         trained = loaded.decoder.config.max_context
-        if max_context is not None and not 1 <= max_context <= trained:
-            raise InvalidRequest(f"context: expected 1 to {trained}, got {max_context}")
+        if max_context is not None and not (isinstance(max_context, int) and 1 <= max_context <= trained):
+            raise InvalidRequest(f"context: expected 1 to {trained}, got {max_context!r}")
         context, notes = max_context or trained, list(checkpoint.notes)
         if limit is not None:
             fits = max(1, (limit - _fixed_bytes(loaded)) // _position_bytes(loaded))
@@ -132,13 +133,16 @@ class Engine:
 
     def forget_features(self) -> None:
         """Forgets encoded media that no session holds."""
-        self._features.clear()
+        with self.device_lock:
+            self._features.clear()
 
     def warmup(self) -> None:
         """Runs one short turn, so that first-use costs (compilation, paging in) are not in the first answer."""
-        with_text = self.session()
-        with_text.ask("Hi", params=SamplingParams(max_new_tokens=2))
-        with_text.close()
+        session = self.session()
+        try:
+            session.ask("Hi", params=SamplingParams(max_new_tokens=2))
+        finally:
+            session.close()
 
     def close(self) -> None:
         """Gives weights and encoded media back. May be called twice; sessions raise Closed afterwards."""
@@ -158,17 +162,26 @@ class Engine:
 
     # For the steps of a turn
 
+    @contextmanager
+    def device_work(self) -> Iterator[None]:
+        """One session's work on weights and device at a time. Raises Closed if the engine was closed meanwhile."""
+        with self.device_lock:
+            if self.closed:
+                raise Closed("the engine is closed")
+            yield
+
     def encode(self, item: MediaItem, meter: Meter, progress: ProgressFn) -> VisualTokens:
         """The item's features: its own, those of equal content seen before, or the vision tower's."""
         if item.tokens is not None:
             return item.tokens
-        known = self._features.pop(item.key, None)
-        if known is None:
-            assert item.inputs is not None
-            with meter.timed("encode"), self.device_lock, torch.inference_mode():
-                known = self.model.encode(item.inputs, progress)
-        self._features[item.key] = known  # last in, last out
-        self._trim_features()
+        with self.device_work():  # the lock guards the kept features too
+            known = self._features.pop(item.key, None)
+            if known is None:
+                assert item.inputs is not None
+                with meter.timed("encode"), torch.inference_mode():
+                    known = self.model.encode(item.inputs, progress)
+            self._features[item.key] = known  # last in, last out
+            self._trim_features()
         item.inputs = None
         return VisualTokens(known.features, item.token_map, known.saliency)
 

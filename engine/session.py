@@ -10,14 +10,14 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import Closed, InvalidRequest, SessionBusy, SparseVILAError
 from ..models.interface import Progress, ProgressFn, no_progress
-from .config import Attachment, Chunk, FinishReason, Image, Result, SamplingParams, Sparsity, Turn, Video
+from .config import Attachment, Chunk, Image, Result, SamplingParams, Sparsity, Turn, Video
 from .conversation import MediaItem, Policy, State
 from .diagnostics import Agreement, Selection, agreement
 from .media import load_media
@@ -108,7 +108,7 @@ class Session:
                 self._make_stale(self._state)
 
     def selection(self) -> Selection | None:
-        """What the last turn pruned, kept and read; None before the first turn with media."""
+        """What the last turn pruned, kept and read; None before a turn over the visual store as it is."""
         return self._selections[-1] if self._selections else None
 
     @property
@@ -201,6 +201,8 @@ class Session:
         session as it was. After a last chunk with the reason "error" the typed exception is raised.
         """
         check_text("prompt", text)
+        if timeout_s is not None and not timeout_s >= 0:  # so written, NaN is refused too
+            raise InvalidRequest(f"timeout_s: expected seconds of at least 0, got {timeout_s!r}")
         return self._stream(text, tuple(media), params or SamplingParams(), remember, timeout_s, progress)
 
     def ask(
@@ -272,7 +274,6 @@ class Session:
     def reset(self) -> None:
         """Forgets turns and media."""
         with self._exclusive():
-            self._selections.clear()
             self._settle(State(self._cache.empty_checkpoint()))
 
     def close(self) -> None:
@@ -290,13 +291,16 @@ class Session:
         """
         check_text("prompt", text)
         with self._exclusive():
+            self._cancelled.clear()
             try:
                 driver = self._driver(Meter(), no_progress)
-                self._state = driver.prepare(self._state)
+                self._settle(driver.prepare(self._state))
                 asked, prefilled, _ = driver.ask(self._state, text)
                 if prefilled.scores is None:
                     raise InvalidRequest("agreement: expected some media and a decode sparsity above 0")
                 return agreement(*driver.decode_twice(asked, prefilled, max_new_tokens))
+            except _Stopped:
+                raise SparseVILAError("agreement: cancelled before the comparison was done") from None
             finally:
                 self._settle(self._state)
 
@@ -322,19 +326,20 @@ class Session:
 
     def _settle(self, state: State) -> None:
         """Makes `state` the session's, and the cache fit it."""
+        if state.placed != self._state.placed:
+            self._selections.clear()  # another visual store: indices no longer compare
         self._cache.restore(state.checkpoint)
         self._state = state
 
     def _make_stale(self, state: State) -> None:
         """Empties the cache for the next turn to build again: later keys had attended to what changes."""
-        self._selections.clear()
         self._settle(replace(state, checkpoint=self._cache.empty_checkpoint(), prefilled=0, placed=(), stale=True))
 
     def _driver(self, meter: Meter, progress: ProgressFn, timeout_s: float | None = None) -> TurnDriver:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
         def check() -> None:
-            if self._cancelled.is_set() or (deadline is not None and time.monotonic() > deadline):
+            if self._closed or self._cancelled.is_set() or (deadline is not None and time.monotonic() > deadline):
                 raise _Stopped
 
         def checked(step: Progress) -> None:
@@ -365,20 +370,18 @@ class Session:
             meter = Meter()
             driver = self._driver(meter, progress, timeout_s)
             failure: SparseVILAError | None = None
-            reason: FinishReason = "cancelled"
             try:
-                yield from self._turn(driver, meter, text, items, params, remember, progress)
-                return
+                last = yield from self._turn(driver, meter, text, items, params, remember, progress)
             except _Stopped:
-                pass
+                last = Chunk("", finish_reason="cancelled", stats=meter.stats())
             except SparseVILAError as error:
-                failure, reason = error, "error"
+                failure, last = error, Chunk("", finish_reason="error", stats=meter.stats())
             finally:
                 # After a complete turn this changes nothing; after any other it goes back to the last complete step.
                 self._settle(self._state)
-            yield Chunk("", finish_reason=reason, stats=meter.stats())
-            if failure is not None:
-                raise failure
+        yield last  # the session is free again: a caller may stop reading here and keep the iterator
+        if failure is not None:
+            raise failure
 
     def _turn(
         self,
@@ -389,11 +392,13 @@ class Session:
         params: SamplingParams,
         remember: bool,
         progress: ProgressFn,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, Chunk]:
+        """The steps of a turn; yields all chunks but the last, which it returns."""
         cached = self._cache.next_position
         # Media attached before belong to the session: once in the cache they stay, whatever becomes of the turn.
         driver.check_context(self._state, text)
-        before = self._state = driver.prepare(self._state)
+        before = driver.prepare(self._state)
+        self._settle(before)
         state = before
         for item in items:
             state = state.with_media(self._open(item, state, progress))
@@ -419,10 +424,8 @@ class Session:
             )
         self._settle(asked)
         if selection is not None:
-            if self._selections and len(self._selections[-1].store) != len(selection.store):
-                self._selections.clear()  # another visual store: indices no longer compare
             self._selections.append(selection)
-        yield replace(last, stats=meter.stats())
+        return replace(last, stats=meter.stats())
 
     def _note_visual(self, meter: Meter, state: State) -> None:
         sparsity = self._policy.of_all(state.media)

@@ -161,7 +161,7 @@ class TurnDriver:
             return None
         active = None
         if scores is not None:
-            with self._meter.timed("retrieval"), self._engine.device_lock, torch.inference_mode():
+            with self._meter.timed("retrieval"), self._engine.device_work(), torch.inference_mode():
                 if all(torch.isfinite(layer).all() for layer in scores):
                     active = self._method(state).on_turn(scores)
                 else:
@@ -183,7 +183,7 @@ class TurnDriver:
                 hint="raise the prefill sparsity, or clear the conversation",
             )
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
-        with self._meter.timed("prefill"), self._engine.device_lock:
+        with self._meter.timed("prefill"), self._engine.device_work():
             prefilled = self._engine.runner.prefill(
                 self._cache, spans, method=method, score=score, progress=progress or self._progress
             )
@@ -198,9 +198,8 @@ class TurnDriver:
         engine, cache = self._engine, self._cache
         sampler = Sampler(params)
         limit = min(params.max_new_tokens, engine.max_context - self._closing_len() - cache.next_position)
-        engine.reserve(cache, visual=0, text=limit)
-        with engine.device_lock:
-            logits = engine.runner.logits(prefilled.hidden)
+        engine.reserve(cache, text=limit + self._closing_len())  # what comes after the last token may not fail either
+        logits = self._first_logits(prefilled)
         reason: FinishReason | None = None
         for index in range(limit):
             token = sampler(logits)
@@ -216,9 +215,16 @@ class TurnDriver:
             if index == limit - 1:
                 break
             self._check()
-            with engine.device_lock:
-                logits = engine.runner.decode(cache, token)
+            logits = self._step(token)
         yield Chunk(stream.flush(), None, index, reason or "length")
+
+    def _first_logits(self, prefilled: Prefilled) -> Tensor:
+        with self._engine.device_work():
+            return self._engine.runner.logits(prefilled.hidden)
+
+    def _step(self, token: int) -> Tensor:
+        with self._engine.device_work():
+            return self._engine.runner.decode(self._cache, token)
 
     def decode_twice(
         self, asked: State, prefilled: Prefilled, max_new_tokens: int
@@ -229,17 +235,17 @@ class TurnDriver:
         """
         engine, cache = self._engine, self._cache
         limit = min(max_new_tokens, engine.max_context - cache.next_position)
-        engine.reserve(cache, visual=0, text=limit)
+        engine.reserve(cache, text=limit)
         mark = cache.checkpoint()
-        ids = [int(engine.runner.logits(prefilled.hidden).argmax())]
+        ids = [int(self._first_logits(prefilled).argmax())]
         dense: list[Tensor] = []
         while len(ids) < limit and ids[-1] not in engine.tokenizer.eos_ids:
             self._check()
-            dense.append(engine.runner.decode(cache, ids[-1]))
+            dense.append(self._step(ids[-1]))
             ids.append(int(dense[-1].argmax()))
         cache.restore(mark)
         self.retrieve(asked, prefilled.scores)
-        return ids, dense, [engine.runner.decode(cache, token) for token in ids[: len(dense)]]
+        return ids, dense, [self._step(token) for token in ids[: len(dense)]]
 
     def remember(
         self,
