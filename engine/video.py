@@ -23,6 +23,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -51,7 +52,6 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts"
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
 _DECODERS = ",".join((*_CODECS, "libdav1d"))
 
-_ATTACHED_PICTURE = 0x400  # stream disposition: cover art, not a video
 _PACKETS_PER_PROGRESS = 1000
 _MAX_TICK = 2**61  # differences of times stay within 64 bits
 _SEEK_BACK_S = (0.0, 1.0, 10.0, 100.0)  # how much earlier to try when a seek lands behind the wanted frame
@@ -153,7 +153,7 @@ class _Reading:
 
     def _stream(self, container: InputContainer) -> VideoStream:
         """The first video stream, checked before anything depends on its numbers."""
-        streams = [s for s in container.streams.video if not int(s.disposition) & _ATTACHED_PICTURE]
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # cover art
         if not streams and not container.streams:
             raise self._corrupt("no stream can be read")
         if not streams:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -531,6 +532,38 @@ def test_that_a_picture_larger_than_its_header_does_harm_without_the_limit(folde
             print(type(error).__name__)
     """
     assert "MemoryError" in run_child(body).stdout
+
+
+def test_pictures_that_grow_past_the_limit_are_never_decoded(folder: Path):
+    """Five pictures of 64 x 48, then five of 96 x 48 in the same stream; the limit lies between the two."""
+    small, large = (attacks.write_clip(Path(f"{w}.ts"), 5, size=(w, 48)).read_bytes() for w in (64, 96))
+    name = written("a.ts", small + large)
+    frames = load_video(Video(name, frames=10), default_frames=2, limits=MediaLimits(frame_pixels=4000))
+    assert len(frames.rgb) <= 5
+    assert not any("size changes" in note for note in frames.notes)
+    assert any("damaged" in note for note in frames.notes)
+
+
+def test_what_ffmpeg_is_told_when_it_opens_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The lists act while the file is opened, before there is anything else to look at."""
+    told: dict[str, object] = {}
+    original, video = av.open, _clip()
+
+    def spy(name: str, **how: Any) -> object:
+        told.update(how, name=name)
+        return original(name, **how)
+
+    monkeypatch.setattr(av, "open", spy)
+    load_media(video, default_frames=2)
+    assert told["name"] == "file:a.mp4"
+    assert told["format"] == "mov"
+    assert told["options"] == {
+        "protocol_whitelist": "file",
+        "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts",
+        "codec_whitelist": "h264,hevc,vp8,vp9,av1,mpeg4,mjpeg,libdav1d",
+        "max_pixels": "40000000",
+        "enable_drefs": "0",
+    }
 
 
 def test_a_size_that_only_the_header_claims_is_not_believed():

@@ -127,6 +127,7 @@ def test_exif_orientation(orientation: int, format: str):
     assert (got == expected).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_turns_nothing():
     data = attacks.encoded(plain("RGB", "red", (8, 6)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff")
     assert load_image(Image(data)).rgb.shape == (1, 6, 8, 3)
