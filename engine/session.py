@@ -19,7 +19,7 @@ from ..errors import Closed, InvalidRequest, SessionBusy, SparseVILAError
 from ..models.interface import Progress, ProgressFn, no_progress
 from .config import Attachment, Chunk, Image, Result, SamplingParams, Sparsity, Turn, Video
 from .conversation import MediaItem, Policy, State
-from .diagnostics import Agreement, Selection, agreement
+from .diagnostics import Agreement, Overlap, Selection, agreement, overlap
 from .media import load_media
 from .meter import Meter
 from .prompt import check_text
@@ -283,6 +283,16 @@ class Session:
         if self._busy.acquire(blocking=False):  # a running turn frees it when it ends
             self._free()
             self._busy.release()
+
+    def overlap(self) -> Overlap:
+        """How the active sets of the last turns over this visual store differ: Jaccard, sinks, retrieval tokens.
+
+        Raises InvalidRequest before two sparse turns.
+        """
+        sparse = [selection for selection in self._selections if selection.active is not None]
+        if len(sparse) < 2:
+            raise InvalidRequest(f"overlap: expected two sparse turns over the same media, got {len(sparse)}")
+        return overlap(sparse)
 
     def agreement(self, text: str, *, max_new_tokens: int = 64) -> Agreement:
         """Decodes a dense greedy answer, feeds the same tokens to the sparse path and compares the distributions.

@@ -311,6 +311,9 @@ class TestSparsity:
             session.ask(
                 f"Question {i}: {QUESTIONS[i % 3]} {'x' * i}", params=SamplingParams(max_new_tokens=1), remember=False
             )
+        found = session.overlap()
+        assert all(0 < j < 1 for j in found.jaccard)
+        assert any(len(tokens) for tokens in found.retrieval)
         first, *later = session.selections
         layers = range(len(first.active))
         last = [int(first.scores[layer].argmin()) for layer in layers]
@@ -448,6 +451,8 @@ class TestMultiTurn:
         session.undo()
         with pytest.raises(InvalidRequest, match="undo"):
             session.undo()
+        with pytest.raises(InvalidRequest, match="two sparse turns"):
+            fresh.overlap()
 
     def test_undo_keeps_what_was_attached_meanwhile(self, media):
         engine, item = media
