@@ -14,14 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_KEYS_PER_TILE = 4096  # a tile of scores stays in the cache of a CPU core for a usual question
+_KEYS_PER_TILE = 4096  # bounds the keys' float32 copy
+_SCORES_PER_TILE = 1 << 22  # 16 MiB: as many keys for a usual question, fewer for one of hundreds of tokens
 
 
 def retrieval(q: Tensor, k: Tensor, lse: Tensor, *, scale: float | None = None) -> Tensor:
     """Attention mass that each visual key gets, summed over heads and rows.
 
     q (H, M, D) and k (H_kv, N, D) after RoPE, same dtype; lse (H, M) float32 over the whole causal key row.
-    `scale` defaults to 1/sqrt(D). Returns (N,) float32. Raises ValueError if shapes disagree.
+    `scale` defaults to 1/sqrt(D). Returns (N,) float32. Memory is O(H M D), never O(M N). Raises ValueError if shapes
+    disagree.
     """
     H, M, D = q.shape
     H_kv, N, _ = k.shape
@@ -33,10 +35,11 @@ def retrieval(q: Tensor, k: Tensor, lse: Tensor, *, scale: float | None = None) 
     rows = q.reshape(H_kv, H // H_kv * M, D).float() * scale
     row_lse = lse.reshape(H_kv, -1, 1)
     mass = torch.empty(N, dtype=torch.float32, device=q.device)
-    for n in range(0, N, _KEYS_PER_TILE):
-        tile = slice(n, n + _KEYS_PER_TILE)
+    keys_per_tile = max(1, min(_KEYS_PER_TILE, _SCORES_PER_TILE // (H * M)))
+    for n in range(0, N, keys_per_tile):
+        tile = slice(n, n + keys_per_tile)
         s = rows @ k[:, tile].float().transpose(1, 2)  # (H_kv, group * M, tile)
-        mass[tile] = torch.exp(s - row_lse).sum(dim=(0, 1))
+        mass[tile] = s.sub_(row_lse).exp_().sum(dim=(0, 1))
     return mass
 
 
