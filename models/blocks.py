@@ -23,6 +23,15 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def empty_embedding(num_rows: int, size: int) -> nn.Embedding:
+    """A table (num_rows, size) that waits for its weights.
+
+    Drawing random ones, as the constructor does, makes torch import its compiler on `meta`: seconds, and it sets an
+    environment variable.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, size))
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
     return x * torch.sigmoid(1.702 * x)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..errors import UnsupportedModel
 from ..kernels.saliency import saliency
 from ..quant.linear import Linear
-from .blocks import ACTIVATIONS
+from .blocks import ACTIVATIONS, empty_embedding
 from .checkpoint import ConfigReader
 
 MAX_LAYERS = 256
@@ -73,7 +73,7 @@ class _Embeddings(nn.Module):
         self.patch_size = config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(config.grid**2 + 1, config.hidden_size)
+        self.position_embedding = empty_embedding(config.grid**2 + 1, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> (B, 1 + patches, hidden_size), the summary token first."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..errors import UnsupportedModel
 from ..kernels.rope import rope
 from ..quant.linear import Linear
-from .blocks import RMSNorm
+from .blocks import RMSNorm, empty_embedding
 from .checkpoint import ConfigReader
 from .rotary import RopeConfig
 
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
