@@ -120,6 +120,7 @@ class Runner:
         total = sum(len(span) for span in spans)
         assert total > 0, "nothing to prefill"
         has_visual = any(isinstance(span, VisualSpan) for span in spans)
+        assert not (score and has_visual), "only a question behind its media is scored"
         prunes = has_visual and any(method.layer_rows(i) for i in range(cache.num_layers))
         # A method that prunes after a layer needs all tokens at that layer, so they walk through it together.
         block = total if prunes else self.chunk_tokens

@@ -234,12 +234,21 @@ class Session:
         remember: bool = True,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: each step runs in a thread."""
+        """`stream` for asyncio: each step runs in a thread. A cancelled task ends the turn as `cancel()` does."""
         chunks = self.stream(text, media=media, params=params, remember=remember, timeout_s=timeout_s)
+        step: asyncio.Task[Chunk | None] | None = None
         try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            while True:
+                step = asyncio.create_task(asyncio.to_thread(next, chunks, None))
+                # A thread cannot be cancelled, and the iterator cannot be closed while the thread is inside it.
+                chunk = await asyncio.shield(step)
+                if chunk is None:
+                    return
                 yield chunk
         finally:
+            if step is not None and not step.done():
+                self.cancel()
+                await asyncio.wait([step])
             chunks.close()  # type: ignore[attr-defined]
 
     def cancel(self) -> None:
@@ -381,7 +390,7 @@ class Session:
             driver = self._driver(meter, progress, timeout_s)
             failure: SparseVILAError | None = None
             try:
-                last = yield from self._turn(driver, meter, text, items, params, remember, progress)
+                last = yield from self._turn(driver, meter, text, items, params, remember)
             except _Stopped:
                 last = Chunk("", finish_reason="cancelled", stats=meter.stats())
             except SparseVILAError as error:
@@ -401,7 +410,6 @@ class Session:
         items: tuple[Image | Video, ...],
         params: SamplingParams,
         remember: bool,
-        progress: ProgressFn,
     ) -> Generator[Chunk, None, Chunk]:
         """The steps of a turn; yields all chunks but the last, which it returns."""
         cached = self._cache.next_position
@@ -411,7 +419,7 @@ class Session:
         self._settle(before)
         state = before
         for item in items:
-            state = state.with_media(self._open(item, state, progress))
+            state = state.with_media(self._open(item, state, driver.progress))
         meter.note(decode_frames_s=sum(m.decode_s for m in state.open_media), cached_tokens=cached)
         driver.check_context(state, text)
         asked, prefilled, asked_len = driver.ask(driver.prepare(state), text)

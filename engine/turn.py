@@ -51,7 +51,7 @@ class TurnDriver:
         self._system = system
         self._policy = policy
         self._meter = meter
-        self._progress = progress
+        self.progress = progress
         self._check = check
 
     # Before the question
@@ -80,7 +80,7 @@ class TurnDriver:
         placed = []
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
             spans.append(TextSpan(ids))
-            item.tokens = self._engine.encode(item, self._meter, self._progress)
+            item.tokens = self._engine.encode(item, self._meter, self.progress)
             keep = self._policy.method(item.kind).on_vision(item.tokens, item.kind)
             placed.append(Placed(item.tokens, keep))
             spans.append(VisualSpan(item.tokens if keep is None else item.tokens.select(keep)))
@@ -185,7 +185,7 @@ class TurnDriver:
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
         with self._meter.timed("prefill"), self._engine.device_work():
             prefilled = self._engine.runner.prefill(
-                self._cache, spans, method=method, score=score, progress=progress or self._progress
+                self._cache, spans, method=method, score=score, progress=progress or self.progress
             )
         self._meter.add("prompt_tokens", total)
         self._meter.add("layer_tokens", sum(prefilled.layer_tokens) / len(prefilled.layer_tokens))

@@ -7,7 +7,9 @@ call, the same logits for a probe question.
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -532,6 +534,55 @@ class TestAfterTheLastChunk:
         session.ask("And?", params=GREEDY)
         with pytest.raises(_Boom):
             next(stream)
+
+
+class TestCancel:
+    def test_while_frames_are_decoded(self, worlds: dict[str, World]):
+        """The turn ends at that frame, not behind the last one."""
+        world = worlds["mistral-video"]
+        session = world.engine.session()
+        seen: list[str] = []
+
+        def progress(step: Progress) -> None:
+            seen.append(step.stage)
+            session.cancel()
+
+        result = session.ask("What happens?", media=[world.items[3]], params=GREEDY, progress=progress)
+        assert result.finish_reason == "cancelled"
+        assert seen == ["decode"]
+        assert session.media == ()
+
+    def test_of_an_asyncio_task(self, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch):
+        engine = worlds["vicuna"].engine
+        session, plain = engine.session(), engine.session()
+        decode = engine.runner.decode
+
+        def slow(*args: Any) -> torch.Tensor:
+            time.sleep(0.05)
+            return decode(*args)
+
+        async def leave_early() -> int:
+            count = 0
+
+            async def read() -> None:
+                nonlocal count
+                async for _ in session.astream("Hi", params=SamplingParams(max_new_tokens=500)):
+                    count += 1
+
+            task = asyncio.create_task(read())
+            while count < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)  # into the next step, which runs in a thread
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return count
+
+        monkeypatch.setattr(engine.runner, "decode", slow)
+        assert asyncio.run(leave_early()) < 10
+        monkeypatch.undo()
+        assert session.history == ()
+        assert session.ask("Hi", params=GREEDY).token_ids == plain.ask("Hi", params=GREEDY).token_ids
 
 
 class TestAgreement:
