@@ -112,15 +112,14 @@ class KVCache:
 
     # Writing
 
-    def append(self, layer: int, k: Tensor, v: Tensor, visual: Tensor | None = None) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, visual: Tensor | None = None, num_visual: int = 0) -> None:
         """Adds the entries of a chunk to one layer.
 
-        k, v (H_kv, M, D); visual (M,) bool says which belong in the visual store, None: none of them.
+        k, v (H_kv, M, D); visual (M,) bool says which `num_visual` of them belong in the visual store, None: none.
         """
-        count = 0 if visual is None else int(visual.sum())
-        if visual is None or count == 0:
+        if visual is None or num_visual == 0:
             self.text[layer].append(k, v)
-        elif count == len(visual):
+        elif num_visual == len(visual):
             self.visual[layer].append(k, v)
         else:
             self.visual[layer].append(k[:, visual], v[:, visual])

@@ -15,7 +15,7 @@ from ..models.interface import MediaKind, TokenMap, VisualInputs, VisualTokens
 from .cache import CacheCheckpoint
 from .config import Sparsity
 from .diagnostics import Selection
-from .sparsity.base import Method
+from .sparsity.base import Method, Survivors
 from .sparsity.registry import AUTO, make_method
 
 
@@ -40,19 +40,14 @@ class MediaItem:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A media item in the cache: its encoder tokens, and which of them entered (None: all). Equal to itself alone."""
+    """A media item in the cache: the encoder's tokens, and what of them entered. Equal to itself alone."""
 
     tokens: VisualTokens
-    keep: Tensor | None
-
-    def entered(self) -> Tensor:
-        """Indices of the tokens that entered, structural ones included."""
-        return torch.arange(len(self.tokens)) if self.keep is None else self.keep
+    survivors: Survivors
 
     def in_store(self) -> Tensor:
-        """Indices of the tokens in the visual store, in its order."""
-        entered = self.entered()
-        return entered[~self.tokens.token_map.structural[entered]]
+        """Indices into the encoder's tokens of what is in the visual store, in its order."""
+        return self.survivors.sources[~self.survivors.tokens.token_map.structural]
 
 
 @dataclass(frozen=True)

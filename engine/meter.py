@@ -20,6 +20,7 @@ class Meter:
         self._clock = clock
         self._start = clock()
         self._first_token = 0.0
+        self._sampled = 0
         self._stats = Stats()
 
     @contextmanager
@@ -39,18 +40,19 @@ class Meter:
         """Sets figures."""
         self._stats = replace(self._stats, **figures)  # type: ignore[arg-type]
 
-    def token(self) -> None:
-        """A token was chosen; the first one ends the time to first token."""
+    def token(self, *, is_text: bool) -> None:
+        """A token was chosen; the first one ends the time to first token. An end token is not of the answer."""
         now = self._clock()
-        if self._stats.output_tokens == 0:
+        if self._sampled == 0:
             self._first_token = now
             self.note(ttft_s=now - self._start)
-        self.add("output_tokens", 1)
+        self._sampled += 1
+        self.add("output_tokens", is_text)
         self.note(decode_s=now - self._first_token)
 
     def stats(self) -> Stats:
         """The figures so far."""
-        steps = self._stats.output_tokens - 1
+        steps = self._sampled - 1
         rate = steps / self._stats.decode_s if steps > 0 and self._stats.decode_s > 0 else 0.0
         return replace(self._stats, tokens_per_s=rate, peak_memory_bytes=peak_memory_bytes())
 

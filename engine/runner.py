@@ -64,6 +64,7 @@ class _Chunk:
     sin: Tensor
     visual: Tensor  # (M,) bool
     after_media: Tensor  # (M,) bool: stands after the last visual token of this prefill
+    num_visual: int
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -72,6 +73,7 @@ class _Chunk:
         """Keeps the tokens stays (M,) bool; they keep their positions."""
         for name in ("hidden", "cos", "sin", "visual", "after_media"):
             setattr(self, name, getattr(self, name)[stays])
+        self.num_visual = int(self.visual.sum())
 
 
 class Runner:
@@ -158,7 +160,7 @@ class Runner:
             attended, lse = merge_attention([*parts, attention(q, k, v, causal=True)])
             if mass is not None and len(mass[layer]):
                 mass[layer] += retrieval(q, cache.visual_keys(layer), lse)
-            cache.append(layer, k, v, chunk.visual)
+            cache.append(layer, k, v, chunk.visual, chunk.num_visual)
             chunk.hidden = module.finish(chunk.hidden, attended)
             if rows is not None:
                 wanted = _wanted_rows(chunk, rows, last=i == len(chunks) - 1)
@@ -220,11 +222,13 @@ class Runner:
                 tokens = span.tokens.select(torch.arange(here.start, here.stop))
                 hidden.append(self.model.embed_visual(tokens))
                 visual.append(~tokens.token_map.structural)
+        is_visual = torch.cat(visual)
         return _Chunk(
             torch.cat(hidden),
             *self.decoder.angles(positions[start:end]),
-            torch.cat(visual).to(self.device),
+            is_visual.to(self.device),
             torch.arange(start, end, device=self.device) >= last_visual,
+            num_visual=int(is_visual.sum()),
         )
 
     # Decode

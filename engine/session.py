@@ -164,7 +164,10 @@ class Session:
         """What fits beside what is there, after pruning."""
         kept = keep_count(self._engine.model.tokens_per_frame(), self._policy.of_kind("video").prefill)
         free = self._engine.max_context - state.checkpoint.next_position - _ROOM_FOR_TEXT
-        free -= sum(self._policy.planned_positions(item) for item in state.pending)
+        free -= sum(self._policy.planned_positions(item) for item in (state.media if state.stale else state.pending))
+        if state.stale:  # the cache is empty, but the records will be in it again
+            encode = self._engine.tokenizer.encode
+            free -= sum(len(encode(r.question, first=False)) + len(r.answer_ids) for r in state.records)
         return max(1, min(MAX_DEFAULT_FRAMES, free // kept))
 
     def _attachment(self, item: MediaItem) -> Attachment:
@@ -447,7 +450,7 @@ class Session:
 
     def _note_visual(self, meter: Meter, state: State) -> None:
         sparsity = self._policy.of_all(state.media)
-        structural = sum(int(p.tokens.token_map.structural[p.entered()].sum()) for p in state.placed)
+        structural = sum(int(p.survivors.tokens.token_map.structural.sum()) for p in state.placed)
         active = self._cache.active_lens()
         meter.note(
             visual_tokens_total=sum(p.tokens.token_map.num_visual for p in state.placed),

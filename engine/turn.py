@@ -24,7 +24,7 @@ from .meter import Meter
 from .prompt import encode_pieces
 from .runner import Prefilled, Span, TextSpan, VisualSpan
 from .sampler import Sampler
-from .sparsity.base import Method
+from .sparsity.base import Method, Survivors
 from .sparsity.registry import make_method
 from .streaming import TextStream
 
@@ -81,9 +81,11 @@ class TurnDriver:
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
             spans.append(TextSpan(ids))
             item.tokens = self._engine.encode(item, self._meter, self.progress)
-            keep = self._policy.method(item.kind).on_vision(item.tokens, item.kind)
-            placed.append(Placed(item.tokens, keep))
-            spans.append(VisualSpan(item.tokens if keep is None else item.tokens.select(keep)))
+            survivors = self._policy.method(item.kind).on_vision(item.tokens, item.kind)
+            if survivors is None:
+                survivors = Survivors(item.tokens, torch.arange(len(item.tokens)))
+            placed.append(Placed(item.tokens, survivors))
+            spans.append(VisualSpan(survivors.tokens))
         return spans, placed
 
     def _texts_before_media(self, state: State) -> list[tuple[int, ...]]:
@@ -203,8 +205,9 @@ class TurnDriver:
         reason: FinishReason | None = None
         for index in range(limit):
             token = sampler(logits)
-            self._meter.token()
-            if token in engine.tokenizer.eos_ids:
+            ends = token in engine.tokenizer.eos_ids
+            self._meter.token(is_text=not ends)
+            if ends:
                 reason = "stop"
                 break
             text = stream.push(token)

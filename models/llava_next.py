@@ -246,7 +246,7 @@ class LlavaNext(nn.Module):
         """Pixels to tiles (image: any resolution) or frames (video: base resolution), and the map of their tokens."""
         return self._preprocess_image(frames.rgb[0]) if frames.kind == "image" else self._preprocess_video(frames)
 
-    def _normalise(self, tiles: list[np.ndarray]) -> Tensor:
+    def normalise(self, tiles: list[np.ndarray]) -> Tensor:
         """(S, S, 3) uint8 tiles -> (tiles, 3, S, S) float32, by a table: each of 256 values is computed once."""
         values = (np.arange(256, dtype=np.float64) * self.config.rescale_factor).astype(np.float32)
         mean, std = (np.array(x, dtype=np.float32)[:, None] for x in (self.config.image_mean, self.config.image_std))
@@ -268,7 +268,7 @@ class LlavaNext(nn.Module):
             canvas[y : y + size, x : x + size] for y in range(0, plan.height, size) for x in range(0, plan.width, size)
         ]
         layout = (plan.width // size, plan.top, plan.left, plan.rows, plan.cols)
-        return VisualInputs("image", self._normalise(tiles), layout, self._image_map(plan))
+        return VisualInputs("image", self.normalise(tiles), layout, self._image_map(plan))
 
     def _image_map(self, plan: _Anyres) -> TokenMap:
         """Base picture first, then the unpadded rows, each closed by its newline."""
@@ -310,7 +310,7 @@ class LlavaNext(nn.Module):
         per_frame = side * side
         return VisualInputs(
             "video",
-            self._normalise(tiles),
+            self.normalise(tiles),
             (T,),
             TokenMap(
                 media=torch.zeros(T * per_frame, dtype=torch.int32),
@@ -337,7 +337,7 @@ class LlavaNext(nn.Module):
             pixels = inputs.pixels[start : start + _TILES_PER_CHUNK].to(weight.device, weight.dtype)
             x, scores = self.vision_tower(pixels)  # (tiles, patches, D), (tiles, patches)
             if inputs.kind == "video":
-                x, scores = self._pool(x), self._pool(scores[..., None])[..., 0]
+                x, scores = self.pool(x), self.pool(scores[..., None])[..., 0]
             features.append(x)
             saliency.append(scores)
         progress(Progress("encode", total, total, "frames"))
@@ -346,7 +346,7 @@ class LlavaNext(nn.Module):
             return VisualTokens(x.flatten(0, 1), inputs.token_map, scores.flatten())
         return self._assemble(x, scores, inputs)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """Mean of stride x stride neighbours: (frames, patches, C) -> (frames, fewer, C)."""
         grid = self.config.vision.grid
         x = x.transpose(1, 2).unflatten(2, (grid, grid))
@@ -354,17 +354,21 @@ class LlavaNext(nn.Module):
 
     def _assemble(self, x: Tensor, scores: Tensor, inputs: VisualInputs) -> VisualTokens:
         """Tiles to one sequence in reading order, padding cut away, zero rows where newlines stand."""
-        grid = self.config.vision.grid
-        tile_cols, top, left, rows, cols = inputs.layout
-        y = torch.arange(top, top + rows)[:, None]
-        x_ = torch.arange(left, left + cols)[None, :]
-        tile = 1 + (y // grid) * tile_cols + x_ // grid
-        source = tile * grid * grid + (y % grid) * grid + x_ % grid  # (rows, cols) into the flattened tiles
-        index = torch.cat([torch.arange(grid * grid), F.pad(source, (0, 1), value=-1).flatten()]).to(x.device)
+        index = self.token_sources(inputs.layout).to(x.device)
         newline = index < 0
         features = x.flatten(0, 1)[index.clamp(min=0)].masked_fill(newline[:, None], 0)
         saliency = scores.flatten()[index.clamp(min=0)].masked_fill(newline, 0)
         return VisualTokens(features, inputs.token_map, saliency)
+
+    def token_sources(self, layout: tuple[int, ...]) -> Tensor:
+        """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline."""
+        grid = self.config.vision.grid
+        tile_cols, top, left, rows, cols = layout
+        y = torch.arange(top, top + rows)[:, None]
+        x = torch.arange(left, left + cols)[None, :]
+        tile = 1 + (y // grid) * tile_cols + x // grid
+        source = tile * grid * grid + (y % grid) * grid + x % grid  # (rows, cols)
+        return torch.cat([torch.arange(grid * grid), F.pad(source, (0, 1), value=-1).flatten()])
 
     def embed_visual(self, tokens: VisualTokens) -> Tensor:
         """Projector: features (N, D) -> (N, hidden_size); structural tokens become the newline."""

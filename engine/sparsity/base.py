@@ -1,6 +1,6 @@
 """The three hooks of a sparsity method, and the dense method that does nothing in them.
 
-A method is a frozen dataclass of hyper-parameters. It returns indices; the runner applies them.
+A method is a frozen dataclass of hyper-parameters. It returns what stays; runner and cache apply it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from ...models.interface import MediaKind, TokenMap, VisualTokens
+from ..config import Sparsity
 
 # Which rows of the prompt a method wants scored in a layer's prefill: the last one, or all after the last visual token.
 Rows = Literal["last", "question"]
@@ -23,12 +24,30 @@ def keep_count(n: int, removed: float) -> int:
     return min(n, max(1, math.floor((1 - removed) * n + 0.5)))
 
 
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """What enters the language model of one media item."""
+
+    tokens: VisualTokens  # M tokens, pruned or merged
+    sources: Tensor  # (M,) int64, ascending: the encoder's token that each is or, if merged, stands for
+
+    @staticmethod
+    def of(tokens: VisualTokens, keep: Tensor) -> Survivors:
+        """The encoder's tokens `keep`, unchanged."""
+        return Survivors(tokens.select(keep), keep)
+
+
 @dataclass(frozen=True)
 class Method:
     """The dense method, and the base of the others. `prefill` and `decode` are fractions removed."""
 
     prefill: float = 0.0
     decode: float = 0.0
+
+    @staticmethod
+    def from_policy(sparsity: Sparsity) -> Method:
+        """The method with what a request asks of it."""
+        return Method()
 
     # A method that needs the question while the media are prefilled gets them as [media | question].
     needs_question = False
@@ -42,8 +61,8 @@ class Method:
         """How many non-structural tokens `on_vision` will keep; known before the encoder has run."""
         return token_map.num_visual
 
-    def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Tensor | None:
-        """Which of the encoder's tokens enter the language model: ascending indices, or None for all."""
+    def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
+        """What of the encoder's tokens enters the language model, or None for all of them."""
         return None
 
     def layer_rows(self, layer: int) -> Rows | None:

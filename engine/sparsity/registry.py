@@ -8,7 +8,7 @@ from ..config import Sparsity
 from .base import Method
 from .sparsevila import SparseVILA
 
-METHODS = ("dense", "sparsevila")
+METHODS: dict[str, type[Method]] = {"dense": Method, "sparsevila": SparseVILA}
 
 # Fractions removed in prefill and decode when the caller asks for none in particular (arXiv 2510.17777, table 1).
 AUTO: dict[MediaKind, Sparsity] = {"image": Sparsity(0.60, 0.75), "video": Sparsity(0.60, 0.75)}
@@ -16,8 +16,6 @@ AUTO: dict[MediaKind, Sparsity] = {"image": Sparsity(0.60, 0.75), "video": Spars
 
 def make_method(sparsity: Sparsity) -> Method:
     """The method of a policy. Raises InvalidRequest that lists the names."""
-    if sparsity.method == "sparsevila":
-        return SparseVILA(sparsity.prefill, sparsity.decode, sparsity.scope)
-    if sparsity.method == "dense":
-        return Method()
-    raise InvalidRequest(f"method: expected one of {', '.join(METHODS)}, got {sparsity.method!r}")
+    if sparsity.method not in METHODS:
+        raise InvalidRequest(f"method: expected one of {', '.join(METHODS)}, got {sparsity.method!r}")
+    return METHODS[sparsity.method].from_policy(sparsity)

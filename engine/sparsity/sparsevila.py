@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
-from .base import Method, keep_count
+from ..config import Sparsity
+from .base import Method, Survivors, keep_count
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class SparseVILA(Method):
     """
 
     scope: Literal["per_frame", "global"] = "per_frame"
+
+    @staticmethod
+    def from_policy(sparsity: Sparsity) -> SparseVILA:
+        return SparseVILA(sparsity.prefill, sparsity.decode, sparsity.scope)
 
     @property
     def scores_turn(self) -> bool:
@@ -44,7 +49,7 @@ class SparseVILA(Method):
             return token_map.num_visual
         return sum(keep_count(len(group), self.prefill) for group in self._groups(token_map, kind) if len(group))
 
-    def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Tensor | None:
+    def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         if self.prefill == 0:
             return None
         assert tokens.saliency is not None, "the encoder gave no saliency"
@@ -53,7 +58,7 @@ class SparseVILA(Method):
         for group in self._groups(tokens.token_map, kind):
             if len(group):
                 keep[group[top_k(saliency[group][None], keep_count(len(group), self.prefill))[0]]] = True
-        return torch.nonzero(keep | _standing(tokens.token_map, keep))[:, 0]
+        return Survivors.of(tokens, torch.nonzero(keep | _standing(tokens.token_map, keep))[:, 0])
 
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
         if self.decode == 0:

@@ -128,7 +128,7 @@ class Replay:
                     driver._ids(prompt.between_media() if i else driver._opening(before), start=t == 0 and i == 0), None
                 )
                 entry = next(placed)
-                tokens = entry.tokens.select(entry.entered())
+                tokens = entry.survivors.tokens
                 embeds.append(engine.model.embed_visual(tokens))
                 self.visual.extend((~tokens.token_map.structural).tolist())
                 self.turn.extend([None] * len(tokens))
@@ -220,7 +220,7 @@ class TestChunks:
         whole = engine.session(media=[item], sparsity=SPARSE)
         whole.ask(QUESTIONS[0], params=SHORT)
         spans = [TextSpan((1, 5, 6))]
-        spans += [VisualSpan(p.tokens.select(p.entered())) for p in whole._state.placed]
+        spans += [VisualSpan(p.survivors.tokens) for p in whole._state.placed]
         spans.append(TextSpan((7, 8, 9, 10)))
         logits, total = [], sum(len(s) for s in spans)
         for chunk in (total, 7, 1):

@@ -128,8 +128,8 @@ class _Sequence:
             pieces = prompt.between_media() if i else prompt.opening(first=len(self) == 0, system=self._system)
             self.add_ids(self._encode(pieces))
             kind, tokens = self._world.encoded[item.index]
-            keep = make_method(self._policy).on_vision(tokens, kind)
-            tokens = tokens if keep is None else tokens.select(keep)
+            survivors = make_method(self._policy).on_vision(tokens, kind)
+            tokens = tokens if survivors is None else survivors.tokens
             self._embeds.append(self._model.embed_visual(tokens))
             self.visual += (~tokens.token_map.structural).tolist()
             self.active += [None] * len(tokens)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from oracles import Oracle
+from oracles import Oracle, write_clip
 
-from sparsevila import InvalidRequest, Sparsity
+from sparsevila import Engine, InvalidRequest, SamplingParams, Sparsity
 from sparsevila.engine.diagnostics import ACTIVE, KEPT, PRUNED, STRUCTURAL, Selection, agreement, overlap
 from sparsevila.engine.runner import Runner, TextSpan, VisualSpan
-from sparsevila.engine.sparsity.base import Method, keep_count
+from sparsevila.engine.sparsity.base import Method, Survivors, keep_count
 from sparsevila.engine.sparsity.registry import METHODS, make_method
 from sparsevila.engine.sparsity.sparsevila import SparseVILA
 from sparsevila.models.checkpoint import Checkpoint
@@ -57,19 +57,19 @@ class TestPrefill:
     def test_video_keeps_the_same_count_in_each_frame(self):
         where, generator = token_map(5, 12), torch.Generator().manual_seed(0)
         saliency = torch.rand(60, generator=generator) + torch.arange(60) // 12  # later frames look far more salient
-        keep = SparseVILA(prefill=0.75).on_vision(tokens(where, saliency), "video")
+        keep = SparseVILA(prefill=0.75).on_vision(tokens(where, saliency), "video").sources
         assert where.frame[keep].bincount().tolist() == [3] * 5
         for frame in range(5):
             inside = keep[where.frame[keep] == frame]
             rest = saliency[where.frame == frame].sort(descending=True).values
             assert sorted(saliency[inside].tolist(), reverse=True) == rest[:3].tolist()
-        everywhere = SparseVILA(prefill=0.75, scope="global").on_vision(tokens(where, saliency), "video")
+        everywhere = SparseVILA(prefill=0.75, scope="global").on_vision(tokens(where, saliency), "video").sources
         assert torch.equal(everywhere, saliency.topk(15).indices.sort().values)
 
     def test_image_ranks_all_tiles_together(self):
         where = rows_map(3, 4, base=6)
         saliency = torch.arange(len(where)).float()
-        keep = SparseVILA(prefill=0.5).on_vision(tokens(where, saliency), "image")
+        keep = SparseVILA(prefill=0.5).on_vision(tokens(where, saliency), "image").sources
         ranked = keep[~where.structural[keep]]
         assert len(ranked) == keep_count(18, 0.5)
         assert ranked.min() > 6  # the base picture is the least salient here
@@ -78,19 +78,19 @@ class TestPrefill:
         where = rows_map(3, 4, base=2)
         saliency = torch.zeros(len(where))
         saliency[[2, 3, 12]] = 1.0  # two tokens of row 0, one of row 2
-        keep = SparseVILA(prefill=1 - 3 / 14).on_vision(tokens(where, saliency), "image").tolist()
+        keep = SparseVILA(prefill=1 - 3 / 14).on_vision(tokens(where, saliency), "image").sources.tolist()
         assert keep == [2, 3, 6, 12, 16]
 
     def test_ties_go_to_the_lower_index(self):
         where = token_map(1, 10)
-        keep = SparseVILA(prefill=0.7).on_vision(tokens(where, torch.ones(10)), "image")
+        keep = SparseVILA(prefill=0.7).on_vision(tokens(where, torch.ones(10)), "image").sources
         assert keep.tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize("scope", ["per_frame", "global"])
     def test_the_plan_is_what_happens(self, scope):
         where = token_map(7, 9)
         method = SparseVILA(prefill=0.6, scope=scope)
-        keep = method.on_vision(tokens(where, torch.rand(63)), "video")
+        keep = method.on_vision(tokens(where, torch.rand(63)), "video").sources
         assert len(keep) == method.planned_keep(where, "video")
         assert SparseVILA().planned_keep(where, "video") == 63
 
@@ -188,6 +188,68 @@ class TestPruningInsideTheDecoder:
             assert (a - b).abs().max() < 1e-5 * b.abs().max()
         assert cache.visual_lens() == [n] + [3] * (len(decoder.layers) - 1)
         assert done.layer_tokens == [n + 7] + [10] * (len(decoder.layers) - 1)
+
+
+@dataclass(frozen=True)
+class MergePairs(Method):
+    """VisionZip's shape: two neighbours become their mean, before the projector."""
+
+    @staticmethod
+    def from_policy(sparsity):
+        return MergePairs()
+
+    def on_vision(self, tokens, kind):
+        sources = torch.arange(0, len(tokens), 2)
+        pairs = torch.stack([tokens.features[sources], tokens.features[(sources + 1).clamp(max=len(tokens) - 1)]])
+        merged = replace(tokens.select(sources), features=pairs.mean(dim=0))
+        return Survivors(merged, sources)
+
+
+@dataclass(frozen=True)
+class AskedDrop(DropAfter):
+    """The same as DropAfter, by name."""
+
+    @staticmethod
+    def from_policy(sparsity):
+        return AskedDrop(layer=0, keep=3)
+
+
+class TestOtherMethodsInASession:
+    """The hooks are enough: neither session nor runner knows these methods."""
+
+    @pytest.fixture
+    def engine(self, oracles, monkeypatch):
+        monkeypatch.setitem(METHODS, "merge", MergePairs)
+        monkeypatch.setitem(METHODS, "asked-drop", AskedDrop)
+        with Engine.load(oracles["video"].folder, device="cpu", dtype="float32") as engine:
+            yield engine
+
+    def test_merged_tokens_enter_the_cache(self, engine, tmp_path):
+        clip = replace(write_clip(tmp_path / "clip.mp4", frames=6), frames=6)
+        session = engine.session(media=[clip], sparsity=Sparsity(method="merge"))
+        session.ask("What?", params=SamplingParams(max_new_tokens=3))
+        total = session.media[0].tokens_total
+        assert session._cache.visual_lens() == [total // 2] * 2
+        assert session.selection().store.tolist() == list(range(0, total, 2))
+        merged = session._state.placed[0]
+        pair = merged.tokens.features[:2].mean(dim=0)
+        torch.testing.assert_close(merged.survivors.tokens.features[0], pair)
+
+    def test_a_method_that_needs_the_question(self, engine, tmp_path):
+        clip = replace(write_clip(tmp_path / "clip.mp4", frames=6), frames=6)
+        session = engine.session(media=[clip], sparsity=Sparsity(method="asked-drop"))
+        first = session.ask("What?", params=SamplingParams(max_new_tokens=3))
+        total = session.media[0].tokens_total
+        assert session._cache.visual_lens() == [total, 3]
+        assert first.stats.layer_tokens < first.stats.prompt_tokens
+        later = session.ask("And then?", params=SamplingParams(max_new_tokens=3), remember=False)
+        assert session._cache.visual_lens() == [total, 3]  # what the first question dropped stays dropped
+        again = session.ask("And then?", params=SamplingParams(max_new_tokens=3))
+        assert later.token_ids == again.token_ids
+        session.undo()
+        session.undo()
+        assert session._cache.next_position == 0  # without its question nothing of the media is in the cache
+        assert session.ask("What?", params=SamplingParams(max_new_tokens=3)).token_ids == first.token_ids
 
 
 class TestRegistry:
