@@ -26,7 +26,7 @@ PHRASES = {
     "count_shapes": (
         "how many shapes appear?",
         "count the shapes in the clip.",
-        "how many different shapes does the clip show?",
+        "how many shapes does the clip show?",
     ),
     "first": ("what appears first?", "which shape comes first?", "name the first shape of the clip."),
     "last": ("what appears last?", "which shape comes last?", "name the last shape of the clip."),

@@ -145,6 +145,6 @@ def _label(thing: Thing, name: str, frame: int) -> int:
         "shape": thing.shape,
         "colour": thing.colour and thing.colour_in(frame),
         "size": thing.size,
-        "word": thing.text if thing.role == "word" else "",
+        "word": thing.text,  # numbers and codes are never among the words
     }[name]
     return ATTRIBUTES[name].index(value) + 1 if value in ATTRIBUTES[name] else 0

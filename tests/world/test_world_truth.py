@@ -227,6 +227,17 @@ def test_a_changed_colour_is_seen_from_its_frame_on() -> None:
     assert changes > 10
 
 
+def test_shapes_meet_in_some_clips() -> None:
+    """Half of the shapes stay a little beside the next one, and no frame is without a shape."""
+    num_shapes = []
+    for seed in range(60):
+        sample = make("clip", seed)
+        idents = [thing.ident for thing in sample.things if thing.role == "shape"]
+        num_shapes += [sum(int((frame == ident).any()) for ident in idents) for frame in sample.mask]
+    assert set(num_shapes) == {1, 2}
+    assert 0.05 < num_shapes.count(2) / len(num_shapes) < 0.3
+
+
 def test_a_flash_is_alone_with_its_shape() -> None:
     for seed in range(60):
         sample = make("clip", seed)
