@@ -56,8 +56,9 @@ _PACKETS_PER_PROGRESS = 1000
 _MAX_TICK = 2**61  # differences of times stay within 64 bits
 _SEEK_BACK_S = (0.0, 1.0, 10.0, 100.0)  # how much earlier to try when a seek lands behind the wanted frame
 
-# FFmpeg's own errors, and what PyAV lets out on text that it cannot decode. Their words are never shown.
-_AV_ERRORS = (av.error.FFmpegError, ValueError, OSError)
+# FFmpeg's own errors, and what PyAV lets out on text that it cannot decode and on streams that appear later in a
+# file. Their words are never shown.
+_AV_ERRORS = (av.error.FFmpegError, ValueError, OSError, IndexError)
 
 
 class _SeekFailed(Exception):
@@ -167,6 +168,8 @@ class _Reading:
             raise UnsupportedMedia(
                 f"{self._name}: the header claims {stream.frames} frames, expected at most {self._limits.header_frames}"
             )
+        if not (context.width and context.height):
+            raise self._corrupt("no picture size can be found")
         check_size(context.width, context.height, self._video.source, self._limits.frame_pixels, self._limits)
         context.options = {"max_pixels": str(self._limits.frame_pixels)}
         self._header_s = max(0.0, (container.duration or 0) / av.time_base)
@@ -273,9 +276,9 @@ class _Reading:
             while not picker.done:
                 self._seek_and_decode(container, stream, picker, origin, tick_s)
             notes = (*notes, *short, *_stream_notes(stream))
-        if len(picker.kept) < count:
-            raise _SeekFailed
         timestamps = (np.array(picker.kept, np.int64) - origin) * tick_s
+        if len(timestamps) < count or timestamps[-1] >= duration_s:
+            raise _SeekFailed
         return self._finish(picker, timestamps, duration_s, notes)
 
     def _seek_and_decode(
@@ -378,7 +381,9 @@ class _Reading:
         if self._cut:
             stated = max(self._header_s, duration_s)
             share = duration_s / stated
-            notes.append(f"the file is cut: readable up to {duration_s:.2f} s of {stated:.2f} s ({share:.0%})")
+            notes.append(
+                f"the file is cut or damaged: readable up to {duration_s:.2f} s of {stated:.2f} s ({share:.0%})"
+            )
         if self._bad_packets:
             notes.append(
                 f"{self._bad_packets} of {self._packets_decoded} packets read are damaged; they were skipped or patched"

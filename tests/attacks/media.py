@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import PIL.Image
+from av.stream import Disposition
 
 Picture = Callable[[int], np.ndarray]
 
@@ -76,6 +77,7 @@ def write_clip(
         stream = container.add_stream(codec, rate=rate, options={**quiet, **(options or {})})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1  # the same bytes every time
         if times_s is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         if set_up is not None:
@@ -95,14 +97,20 @@ def fast_start(path: Path, num_frames: int = 60, **more: object) -> Path:
     return write_clip(path, num_frames, options=options, container_options={"movflags": "faststart"}, **more)  # type: ignore[arg-type]
 
 
-def sound_only(path: Path) -> Path:
-    """A second of silence."""
+def sound_only(path: Path, *, cover: bool = False) -> Path:
+    """A moment of silence, with cover art on request: a stream of one picture that is no video."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16_000)
+        sound = container.add_stream("aac", rate=16_000)
+        if cover:
+            art = container.add_stream("mjpeg")
+            art.width, art.height = SIZE
+            art.pix_fmt, art.disposition = "yuvj420p", Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(numbered(1), format="rgb24")))
+            container.mux(art.encode(None))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate, frame.pts = 16_000, 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
     return path
 
 
