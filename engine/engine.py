@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from weakref import WeakSet
 
 import torch
 
@@ -55,6 +56,7 @@ class Engine:
         self._sparsity = sparsity
         self._max_memory_bytes = max_memory_bytes
         self._features: OrderedDict[str, VisualTokens] = OrderedDict()
+        self._caches: WeakSet[KVCache] = WeakSet()
 
     @staticmethod
     def load(
@@ -185,13 +187,18 @@ class Engine:
         item.inputs = None
         return VisualTokens(known.features, item.token_map, known.saliency)
 
-    def _trim_features(self) -> None:
-        def size(tokens: VisualTokens) -> int:
-            return tokens.features.numel() * tokens.features.element_size()
+    def _feature_bytes(self) -> int:
+        return sum(tokens.features.numel() * tokens.features.element_size() for tokens in self._features.values())
 
-        total = sum(map(size, self._features.values()))
-        while total > _FEATURE_CACHE_BYTES and len(self._features) > 1:
-            total -= size(self._features.popitem(last=False)[1])
+    def _trim_features(self) -> None:
+        while self._feature_bytes() > _FEATURE_CACHE_BYTES and len(self._features) > 1:
+            self._features.popitem(last=False)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache; as long as it lives, it counts against `max_memory`."""
+        cache = self.runner.new_cache()
+        self._caches.add(cache)
+        return cache
 
     def reserve(self, cache: KVCache, *, visual: int = 0, text: int = 0, active: Sequence[int] = ()) -> None:
         """Makes room in a cache, before anything is written to it.
@@ -201,7 +208,8 @@ class Engine:
         """
         if self._max_memory_bytes is not None:
             need = cache.bytes_with(visual=visual, text=text, active=active)
-            free = self._max_memory_bytes - self.info.weight_bytes - _WORKSPACE_BYTES
+            held = self._feature_bytes() + sum(other.bytes_with() for other in self._caches if other is not cache)
+            free = self._max_memory_bytes - self.info.weight_bytes - _WORKSPACE_BYTES - held
             if need > free:
                 raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
         cache.reserve(visual=visual, text=text)

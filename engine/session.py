@@ -52,7 +52,7 @@ class Session:
         if sparsity is not None:
             make_method(sparsity)  # an unknown name fails here
         self._engine = engine
-        self._cache = engine.runner.new_cache()
+        self._cache = engine.new_cache()
         self._state = State(self._cache.empty_checkpoint())
         self._system = system
         self._policy = Policy(sparsity)
@@ -342,7 +342,7 @@ class Session:
             self._busy.release()
 
     def _free(self) -> None:
-        self._cache = self._engine.runner.new_cache()
+        self._cache = self._engine.new_cache()
         self._state = State(self._cache.empty_checkpoint())
         self._selections.clear()
 

@@ -23,6 +23,7 @@ from sparsevila.engine.config import (
 )
 
 STEP_S = 0.02
+SLOW_STEPS = 1500  # half a minute: a test that interrupts a slow stage finds it running on a busy machine too
 AUTO = {"image": Sparsity(0.6, 0.75), "video": Sparsity(0.5, 0.8)}
 ANSWERS = {
     "escape": ["\x1b[31mred\x1b", "]0;title\x07 plain\r", "\x9b2J end"],
@@ -79,8 +80,8 @@ class FakeSession:
         if "bad" in name:
             raise errors.CorruptMedia(f"{name}: the index is missing", hint="likely an unfinished recording")
         frames = (item.frames or 8) if isinstance(item, Video) else 1
-        for i in range(200 if "slow" in name else frames):
-            progress(FakeStep("decode", i + 1, 200 if "slow" in name else frames, "frames"))
+        for i in range(SLOW_STEPS if "slow" in name else frames):
+            progress(FakeStep("decode", i + 1, SLOW_STEPS if "slow" in name else frames, "frames"))
             time.sleep(STEP_S if "slow" in name else 0)
         kind = "video" if isinstance(item, Video) else "image"
         made = Attachment(len(self.items) + 1, kind, name, 64, 48, frames, 2.0, 16 * frames, 6 * frames, 0)
@@ -94,11 +95,11 @@ class FakeSession:
         model = self.engine.model
         for stage, unit in (("encode", "frames"), ("prefill", "tokens")):
             slow = model == f"slow-{stage}"
-            for i in range(200 if slow else 2):
+            for i in range(SLOW_STEPS if slow else 2):
                 if self.cancelled:
                     yield Chunk("", finish_reason="cancelled", stats=Stats())
                     return
-                progress(FakeStep(stage, i + 1, 200 if slow else 2, unit))
+                progress(FakeStep(stage, i + 1, SLOW_STEPS if slow else 2, unit))
                 time.sleep(STEP_S if slow else 0)
         if model == "oom":
             raise errors.InsufficientMemory(2**33, 2**30, what="the prefill")
@@ -171,8 +172,8 @@ def load(model: str, *, progress: Any, **options: Any) -> FakeEngine:
     """`Engine.load` of the fake."""
     if model == "missing":
         raise errors.ModelNotFound("no weights for 'missing' here", hint="put them there")
-    for i in range(200 if model == "slow-load" else 1):
-        progress(FakeStep("load", i + 1, 200 if model == "slow-load" else 1, "bytes"))
+    for i in range(SLOW_STEPS if model == "slow-load" else 1):
+        progress(FakeStep("load", i + 1, SLOW_STEPS if model == "slow-load" else 1, "bytes"))
         time.sleep(STEP_S if model == "slow-load" else 0)
     return FakeEngine(model, options)
 

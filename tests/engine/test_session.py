@@ -794,10 +794,20 @@ class TestLimits:
             assert 500 < engine.info.max_context < 4096  # shrunk to what fits, and said so
             assert any("context" in note for note in engine.info.notes)
             session.ask("Hi", params=SHORT)
+            crowd = [engine.session(sparsity=DENSE) for _ in range(20)]
+            with pytest.raises(InsufficientMemory):  # together they pass the limit, one by one they would not
+                for member in crowd:
+                    member.ask("Hi", params=SamplingParams(max_new_tokens=300))
+            crowd.clear()
+            del member
+            gc.collect()
             other = engine.session(media=[picture()], sparsity=DENSE)
             engine._max_memory_bytes -= 300_000
             with pytest.raises(InsufficientMemory):
                 other.ask("Hi", params=SHORT)
+            other.close()
+            engine.forget_features()
+            gc.collect()
             with pytest.raises(InsufficientMemory):
                 session.ask("Hi", params=SamplingParams(max_new_tokens=900))
             assert len(session.history) == 1
