@@ -6,6 +6,7 @@ import asyncio
 import gc
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -795,11 +796,11 @@ class TestLimits:
             assert any("context" in note for note in engine.info.notes)
             session.ask("Hi", params=SHORT)
             crowd = [engine.session(sparsity=DENSE) for _ in range(20)]
+            ask_all = [partial(member.ask, "Hi", params=SamplingParams(max_new_tokens=300)) for member in crowd]
             with pytest.raises(InsufficientMemory):  # together they pass the limit, one by one they would not
-                for member in crowd:
-                    member.ask("Hi", params=SamplingParams(max_new_tokens=300))
+                [ask() for ask in ask_all]
             crowd.clear()
-            del member
+            ask_all.clear()
             gc.collect()
             other = engine.session(media=[picture()], sparsity=DENSE)
             engine._max_memory_bytes -= 300_000
