@@ -14,7 +14,7 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -71,16 +71,17 @@ class Shape:
     rope_scaling: tuple[str, float] | None = None  # type and factor, e.g. ("linear", 2.5)
     max_positions: int = 4096
     rms_norm_eps: float = 1e-5
+    num_pieces: int = NUM_PIECES  # of the tokenizer
+    pinpoints: tuple[tuple[int, int], ...] | None = None  # heights and widths in tiles; None: the published ones
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of {self.patch_size}, got {self.image_size}")
         if self.text_heads % self.text_kv_heads:
             raise ValueError(f"text_heads: expected a multiple of {self.text_kv_heads}, got {self.text_heads}")
-        if self.vocab_size < NUM_PIECES + len(self.added_tokens):
-            raise ValueError(
-                f"vocab_size: expected at least {NUM_PIECES + len(self.added_tokens)}, got {self.vocab_size}"
-            )
+        needed = self.num_pieces + len(self.added_tokens)
+        if self.vocab_size < needed:
+            raise ValueError(f"vocab_size: expected at least {needed}, got {self.vocab_size}")
 
     @property
     def text_head_dim(self) -> int:
@@ -93,13 +94,13 @@ class Shape:
         return (*media, "<pad>")
 
     def token_id(self, name: str) -> int:
-        return NUM_PIECES + self.added_tokens.index(name)
+        return self.num_pieces + self.added_tokens.index(name)
 
     @property
     def grid_pinpoints(self) -> list[list[int]]:
         """Heights and widths in pixels that images are tiled to."""
-        s = self.image_size
-        return [[s, 2 * s], [2 * s, s], [2 * s, 2 * s], [3 * s, s], [s, 3 * s]]
+        tiles = self.pinpoints or ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+        return [[rows * self.image_size, cols * self.image_size] for rows, cols in tiles]
 
 
 _VICUNA_7B = Shape(
@@ -169,6 +170,12 @@ def write_random_checkpoint(
     several files with an index, as the hub does. The same arguments give the same files.
     """
     folder = Path(folder)
+    write_documents(folder, shape, dtype=dtype, tokenizer=train_tokenizer())
+    _write_weights(folder, shape, seed, getattr(torch, dtype), max_shard_bytes)
+
+
+def write_documents(folder: Path, shape: Shape, *, dtype: str, tokenizer: bytes) -> None:
+    """Write everything but the weights into `folder`, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     documents = {
         "config.json": _config(shape, dtype),
@@ -189,20 +196,19 @@ def write_random_checkpoint(
     }
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(train_tokenizer())
-    _write_weights(folder, shape, seed, getattr(torch, dtype), max_shard_bytes)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
 
 
-def train_tokenizer() -> bytes:
-    """A SentencePiece BPE model with Llama's options and NUM_PIECES pieces, trained on TEXT."""
+def train_tokenizer(lines: Iterable[str] = TEXT.splitlines(), num_pieces: int = NUM_PIECES) -> bytes:
+    """A SentencePiece BPE model with Llama's options, trained on `lines`."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines()),
+        sentence_iterator=iter(lines),
         model_writer=model,
         model_type="bpe",
-        vocab_size=NUM_PIECES,
+        vocab_size=num_pieces,
         byte_fallback=True,
         split_digits=True,
         allow_whitespace_only_pieces=True,

@@ -1,0 +1,213 @@
+"""Batches for training, made from seeds alone: the same number gives the same batch, on any machine, in any process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from world.labels import image_labels, patch_labels
+from world.sample import QA, TILE, Sample
+from world.splits import TRAIN, make
+from world.student import PATCH, Rows
+
+from sparsevila.engine.prompt import encode_pieces
+from sparsevila.engine.tokenizer import Tokenizer
+from sparsevila.models.interface import Frames, MediaKind, TokenMap
+from sparsevila.models.llava_next import LlavaNext
+
+IGNORED = -100
+TEXT_TOKENS = 112  # of a sample's dialogue; turns that do not fit are left out
+
+# Kind, options, and how many of a hundred language batches are of it. One batch has one layout of tokens.
+MIX: tuple[tuple[str, dict[str, int], int], ...] = (
+    ("scene", {"width": 64, "height": 64}, 6),
+    ("scene", {"width": 128, "height": 64}, 6),
+    ("scene", {"width": 64, "height": 128}, 6),
+    ("scene", {"width": 128, "height": 128}, 22),
+    ("page", {"width": 128, "height": 64}, 6),
+    ("page", {"width": 128, "height": 128}, 16),
+    ("page", {"width": 128, "height": 192}, 6),
+    ("clip", {"frames": 8}, 16),
+    ("clip", {"frames": 16}, 16),
+)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """For the tower: single tiles with dense labels."""
+
+    pixels: Tensor  # (B, 3, TILE, TILE) float32
+    patches: dict[str, Tensor]  # (B, patches) int64
+    whole: dict[str, Tensor]  # (B, classes) float32, zeros and ones
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """For projector and decoder: pictures or clips of one layout, and what is said about them."""
+
+    pixels: Tensor  # (B, tiles, 3, TILE, TILE) float32
+    token_map: TokenMap  # of one sample
+    sources: Tensor | None  # (V,) int64, which patch each token of a picture is; None for a clip
+    rows: Rows
+    targets: Tensor  # (B, T) int64: the token that each row must say next, IGNORED where nothing is asked
+    turns: Tensor  # (B, T) int64: the number of the turn a target belongs to
+    types: tuple[tuple[str, ...], ...]  # per sample, of its turns
+
+
+class BatchMaker:
+    """Makes batch number n. Holds what it needs of the model (preprocessing) and its tokenizer, no weights."""
+
+    def __init__(self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seeds = seeds
+
+    def _seeds(self, number: int, size: int) -> range:
+        first = number * size % (len(self.seeds) - size)
+        return range(self.seeds.start + first, self.seeds.start + first + size)
+
+    # The tower
+
+    def tiles(self, number: int, size: int) -> Tiles:
+        """Dense scenes and pages of one tile, clips' frames, and pictures shrunk to one tile as the base view is."""
+        samples: list[tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        for i, seed in enumerate(self._seeds(number, size)):
+            kind = ("scene", "page", "scene", "page", "clip", "base")[i % 6]
+            if kind == "clip":
+                samples.append(_first_tile(make("clip", seed, frames=4), PATCH, TILE))
+            elif kind == "base":
+                samples.append(_shrunk(make("scene", seed, width=2 * TILE, height=2 * TILE)))
+            else:
+                samples.append(_first_tile(make(kind, seed, width=TILE, height=TILE, dense=True), PATCH, TILE))
+        names = samples[0][1].keys()
+        pixels = self.model.normalise([rgb for rgb, _, _ in samples])
+        patches = {n: torch.from_numpy(np.stack([p[n] for _, p, _ in samples])).long().flatten(1) for n in names}
+        whole = {n: torch.from_numpy(np.stack([w[n] for _, _, w in samples])).float() for n in samples[0][2]}
+        return Tiles(pixels, patches, whole)
+
+    # The language model
+
+    def layout(self, number: int) -> tuple[str, dict[str, int]]:
+        """Kind and options of batch `number`."""
+        dice = random.Random(number)
+        kind, options, _ = dice.choices(MIX, weights=[share for _, _, share in MIX])[0]
+        return kind, options
+
+    def dialogues(self, number: int, size: int, *, layout: tuple[str, dict[str, int]] | None = None) -> Dialogues:
+        """Half of the samples block-masked (each turn sees the picture and itself), half plain conversations."""
+        kind, options = layout or self.layout(number)
+        samples = [make(kind, seed, **options) for seed in self._seeds(number, size)]
+        inputs = [self.model.preprocess(_frames(sample)) for sample in samples]
+        first = inputs[0]
+        prompt = self.model.prompt
+        before = encode_pieces(self.tokenizer, prompt.opening(first=True, system=None), start=True)
+        prefix = len(before) + len(first.token_map)
+        talks = [self._talk(s, prefix, blocks=i % 2 == 0, dice=random.Random(s.seed)) for i, s in enumerate(samples)]
+        length = max(len(talk.ids) for talk in talks)
+        total = prefix + length
+
+        def table(fill: int, columns: Sequence[Sequence[int]]) -> Tensor:
+            return torch.tensor([[*column, *[fill] * (length - len(column))] for column in columns])
+
+        start = torch.arange(prefix).expand(size, -1)
+        targets = torch.full((size, total), IGNORED)
+        turns = torch.full((size, total), -1)
+        targets[:, prefix:], turns[:, prefix:] = (
+            table(IGNORED, [t.targets for t in talks]),
+            table(-1, [t.turns for t in talks]),
+        )
+        return Dialogues(
+            pixels=torch.stack([x.pixels for x in inputs]),
+            token_map=first.token_map,
+            sources=None if first.kind == "video" else self.model.token_sources(first.layout),
+            rows=Rows(
+                before=torch.tensor(before),
+                text=table(0, [t.ids for t in talks]),
+                positions=torch.cat([start, table(0, [t.positions for t in talks])], dim=1),
+                segments=torch.cat([torch.zeros_like(start), table(-1, [t.segments for t in talks])], dim=1),
+            ),
+            targets=targets,
+            turns=turns,
+            types=tuple(t.types for t in talks),
+        )
+
+    def _talk(self, sample: Sample, prefix: int, *, blocks: bool, dice: random.Random) -> _Talk:
+        """The turns that fit. Questions that tell too much for a conversation are asked in blocks only."""
+        turns = list(sample.dialogue)
+        dice.shuffle(turns)
+        if blocks:
+            alone = list(sample.alone)
+            dice.shuffle(alone)
+            turns = alone[:1] + turns
+        talk = _Talk([], [], [], [], [], ())
+        types: list[str] = []
+        position = prefix
+        for qa in turns:
+            question, answer = self._ids(qa, opens=blocks or not types)
+            if len(talk.ids) + len(question) + len(answer) > TEXT_TOKENS:
+                continue
+            if blocks:
+                position = prefix
+            ids = [*question, *answer]
+            talk.ids.extend(ids)
+            # The row before an answer's token says it; the last row of the answer says the end.
+            talk.targets.extend([*[IGNORED] * (len(question) - 1), *answer, self.tokenizer.special_id("</s>")])
+            talk.turns.extend([len(types)] * len(ids))
+            talk.positions.extend(range(position, position + len(ids)))
+            talk.segments.extend([len(types) + 1 if blocks else 1] * len(ids))
+            position += len(ids)
+            types.append(qa.type)
+        return _Talk(talk.ids, talk.targets, talk.turns, talk.positions, talk.segments, tuple(types))
+
+    def _ids(self, qa: QA, *, opens: bool) -> tuple[tuple[int, ...], list[int]]:
+        """Question and answer as the engine will tokenise them; `opens` right behind the picture."""
+        prompt = self.model.prompt
+        pieces = prompt.question(qa.question, after_media=opens)
+        if not opens:
+            pieces = [*prompt.opening(first=False, system=None), *pieces]
+        return encode_pieces(self.tokenizer, pieces, start=False), self.tokenizer.encode(f" {qa.answer}", first=False)
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """One sample's text: parallel lists, and the types of its turns."""
+
+    ids: list[int]
+    targets: list[int]
+    turns: list[int]
+    positions: list[int]
+    segments: list[int]
+    types: tuple[str, ...]
+
+
+def _frames(sample: Sample) -> Frames:
+    kind: MediaKind = "video" if sample.kind == "clip" else "image"
+    return Frames(kind, sample.rgb, np.arange(len(sample.rgb), dtype=float), "<world>", 0.0, f"{kind} {sample.seed}")
+
+
+def _first_tile(
+    sample: Sample, patch: int, tile: int
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A frame with its labels; of a clip the one that the seed says."""
+    frame = sample.seed % len(sample.rgb)
+    patches = patch_labels(sample, patch, tile=tile)
+    whole = image_labels(sample, tile=tile)
+    return sample.rgb[frame], {n: p[frame] for n, p in patches.items()}, {n: w[frame, 0, 0] for n, w in whole.items()}
+
+
+def _shrunk(sample: Sample) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A picture of two by two tiles squashed into one: shapes can still be told, text cannot."""
+    from PIL import Image
+
+    rgb = np.asarray(Image.fromarray(sample.rgb[0]).resize((TILE, TILE), Image.Resampling.BICUBIC))
+    patches = {n: p[0] for n, p in patch_labels(sample, 2 * PATCH).items() if not n.startswith("character")}
+    blank = np.full((TILE // PATCH, TILE // PATCH), IGNORED)
+    slots = patch_labels(sample, PATCH)
+    patches |= {n: blank for n in slots if n.startswith("character")}
+    for name in ("word", "row", "column"):
+        patches[name] = blank
+    return rgb, patches, {n: w[0, 0, 0] for n, w in image_labels(sample).items()}

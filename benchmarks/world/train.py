@@ -1,0 +1,357 @@
+"""Trains the demo model from scratch, first the tower on dense labels, then projector and decoder on dialogues.
+
+    python benchmarks/world/train.py --run RUN [--size small] [--minutes 60] [--export assets/demo]
+
+RUN holds the state, the log (log.jsonl) and the documents of the checkpoint. `--minutes` stops cleanly; the same
+command goes on where it stopped, with the same batches in the same order. The checkpoint so far is in RUN as well;
+`--export` copies it once the training is done. The tower is frozen in the second stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from environment import describe
+from random_checkpoint import train_tokenizer
+from world.batches import IGNORED, MIX, BatchMaker, Dialogues, Tiles
+from world.labels import CLASSES
+from world.splits import KINDS, TRAIN, VALIDATION, make, world_vocabulary
+from world.student import NUM_PIECES, SHAPES, build, decode, embed_visual, export, tower_hidden
+
+from sparsevila.engine.tokenizer import load_tokenizer
+from sparsevila.models.checkpoint import Checkpoint
+
+CELLS = 17  # classes of a row's or a column's number, 0 for none
+BACKGROUND_WEIGHT = 0.1  # most patches are empty, and that is quickly learnt
+EVALUATION_BATCHES = len(MIX)
+EVALUATION_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What fixes the result, given the machine's rounding."""
+
+    size: str = "small"
+    vision_steps: int = 4000
+    vision_batch: int = 96
+    vision_muon: float = 0.02
+    vision_adam: float = 2e-3
+    language_steps: int = 12000
+    language_batch: int = 32
+    language_muon: float = 0.005
+    language_adam: float = 2e-3
+    warmup: int = 100
+    seed: int = 0
+
+
+class Heads(nn.Module):
+    """Linear readers of patches and of the summary token, for the first stage alone."""
+
+    def __init__(self, width: int, sample: Tiles) -> None:
+        super().__init__()
+        self.patches = nn.ModuleDict({name: nn.Linear(width, _classes(name)) for name in sample.patches})
+        self.whole = nn.ModuleDict({name: nn.Linear(width, v.shape[1]) for name, v in sample.whole.items()})
+
+    def forward(self, hidden: Tensor, tiles: Tiles) -> tuple[Tensor, dict[str, float]]:
+        """hidden (B, 1 + patches, width), summary first -> loss, and the accuracy of each label where there is one."""
+        losses, accuracy = [], {}
+        for name, labels in tiles.patches.items():
+            logits = self.patches[name](hidden[:, 1:]).float()
+            each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+            weight = torch.where(labels.flatten() > 0, 1.0, BACKGROUND_WEIGHT)
+            weight = weight.masked_fill(labels.flatten() == IGNORED, 0)
+            losses.append((each * weight).sum() / weight.sum().clamp(min=1))
+            covered = labels > 0
+            if covered.any():
+                accuracy[name] = float((logits.argmax(-1)[covered] == labels[covered]).float().mean())
+        for name, wanted in tiles.whole.items():
+            logits = self.whole[name](hidden[:, 0]).float()
+            losses.append(F.binary_cross_entropy_with_logits(logits, wanted))
+            accuracy[f"whole_{name}"] = float(((logits > 0) == (wanted > 0.5)).float().mean())
+        return torch.stack(losses).sum(), accuracy
+
+
+def _classes(name: str) -> int:
+    if name in ("row", "column"):
+        return CELLS
+    return CLASSES["character" if name.startswith("character") else name]
+
+
+class Optimisers:
+    """Muon for the matrices of the layers, AdamW for everything else; one schedule."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], *, muon: float, adam: float, steps: int, warmup: int):
+        matrices = [p for n, p in named if p.ndim == 2 and ".layers." in n]
+        chosen = {id(p) for p in matrices}
+        others = [p for _, p in named if id(p) not in chosen]
+        self.parameters = [p for _, p in named]
+        self.steps, self.warmup = steps, warmup
+        self.each: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.Muon(matrices, lr=muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), muon),
+            (torch.optim.AdamW(others, lr=adam, betas=(0.9, 0.98), weight_decay=0.02), adam),
+        ]
+
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate: warm-up, then a cosine down to 3 %."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def step(self, loss: Tensor, step: int) -> None:
+        """One update from a loss."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimiser, full in self.each:
+            for group in optimiser.param_groups:
+                group["lr"] = full * self.rate(step)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    def state(self) -> list[dict[str, Any]]:
+        return [optimiser.state_dict() for optimiser, _ in self.each]
+
+    def load(self, states: list[dict[str, Any]]) -> None:
+        for (optimiser, _), state in zip(self.each, states, strict=True):
+            optimiser.load_state_dict(state)
+
+
+class _Numbered(Dataset[Any]):
+    """Batch number i of a maker; a worker makes whole batches."""
+
+    def __init__(self, make_batch: Callable[[int, int], Any], size: int, numbers: range) -> None:
+        self.make_batch, self.size, self.numbers = make_batch, size, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.make_batch(self.numbers[i], self.size)
+
+
+def stream(make_batch: Callable[[int, int], Any], size: int, numbers: range, workers: int) -> Iterator[Any]:
+    """The batches `numbers` in order, made by worker processes."""
+    data = _Numbered(make_batch, size, numbers)
+    return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+
+class Trainer:
+    """Model, optimisers, log and state of one run."""
+
+    def __init__(self, run: Path, recipe: Recipe, *, device: torch.device, workers: int, minutes: float) -> None:
+        self.run, self.recipe, self.device, self.workers = run, recipe, device, workers
+        self.deadline = time.monotonic() + 60 * minutes
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer = run / "tokenizer.model"
+        pieces = tokenizer.read_bytes() if tokenizer.exists() else make_tokenizer()
+        self.model = build(SHAPES[recipe.size], run, pieces, seed=recipe.seed).to(device)
+        self.tokenizer = load_tokenizer(Checkpoint(run))  # there are no weights yet to open
+        on_cpu = build(SHAPES[recipe.size], run, pieces)  # workers preprocess with it; its weights are not used
+        self.maker = BatchMaker(on_cpu, self.tokenizer)
+        self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
+        self.stage, self.step = "vision", 0
+        self.heads = Heads(self.model.config.vision.hidden_size, self.maker.tiles(0, 6)).to(device)
+        self.optimisers = self._optimisers()
+        if (run / "state.pt").exists():
+            self._load()
+
+    # State
+
+    def _optimisers(self) -> Optimisers:
+        recipe = self.recipe
+        tower = [(f"vision_tower.{n}", p) for n, p in self.model.vision_tower.named_parameters()]
+        if self.stage == "vision":
+            named = tower + [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
+            rates = {"muon": recipe.vision_muon, "adam": recipe.vision_adam, "steps": recipe.vision_steps}
+        else:
+            for _, parameter in tower:
+                parameter.requires_grad_(False)
+            named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("vision_tower.")]
+            rates = {"muon": recipe.language_muon, "adam": recipe.language_adam, "steps": recipe.language_steps}
+        return Optimisers(named, warmup=recipe.warmup, **rates)  # type: ignore[arg-type]
+
+    def save(self) -> None:
+        """Writes the state beside the old one and swaps them, so that a cut leaves one of the two whole."""
+        state = {
+            "recipe": asdict(self.recipe), "stage": self.stage, "step": self.step, "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(), "optimisers": self.optimisers.state(),
+        }  # fmt: skip
+        torch.save(state, self.run / "state.new")
+        (self.run / "state.new").replace(self.run / "state.pt")
+
+    def _load(self) -> None:
+        state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            raise SystemExit(f"{self.run} was begun with another recipe: {state['recipe']}")
+        self.stage, self.step = state["stage"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimisers = self._optimisers()
+        self.optimisers.load(state["optimisers"])
+
+    def log(self, **figures: Any) -> None:
+        line = {"stage": self.stage, "step": self.step, **figures}
+        with open(self.run / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    # Loops
+
+    def train(self) -> bool:
+        """Runs until done (True) or out of time (False)."""
+        if self.stage == "vision":
+            done = self._loop(self.recipe.vision_steps, self.recipe.vision_batch, self.maker.tiles, self._vision_loss)
+            if not done:
+                return False
+            self.stage, self.step = "language", 0
+            self.optimisers = self._optimisers()
+            self.save()
+        return self._loop(
+            self.recipe.language_steps, self.recipe.language_batch, self.maker.dialogues, self._language_loss
+        )
+
+    def _loop(
+        self,
+        steps: int,
+        size: int,
+        make_batch: Callable[[int, int], Any],
+        loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    ) -> bool:
+        every, saved = max(1, steps // 100), time.monotonic()
+        start, seen = time.monotonic(), 0
+        for batch in stream(make_batch, size, range(self.step, steps), self.workers):
+            loss, figures = loss_of(batch)
+            self.optimisers.step(loss, self.step)
+            self.step += 1
+            seen += size
+            last = self.step == steps or time.monotonic() > self.deadline
+            if self.step % every == 0 or last:
+                rate = seen / (time.monotonic() - start)
+                self.log(
+                    loss=round(float(loss.detach()), 4),
+                    per_s=round(rate, 1),
+                    **{k: round(v, 4) for k, v in figures.items()},
+                )
+            if self.stage == "language" and (self.step % (every * 10) == 0 or last):
+                self.log(exact=self.evaluate(), wrong_picture=self.evaluate(wrong=True))
+            if last or time.monotonic() - saved > 300:
+                self.save()
+                saved = time.monotonic()
+            if last:
+                return self.step == steps
+        return True
+
+    def _vision_loss(self, tiles: Tiles) -> tuple[Tensor, dict[str, float]]:
+        tiles = _moved(tiles, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            hidden = tower_hidden(self.model, tiles.pixels)
+        return self.heads(hidden.float(), tiles)
+
+    def _logits(self, batch: Dialogues) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) and targets (n,) of every row that has to say something."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.no_grad():
+                hidden = tower_hidden(self.model, batch.pixels.flatten(0, 1))[:, 1:]
+                features = hidden.unflatten(0, batch.pixels.shape[:2])
+            visual = embed_visual(self.model, features, batch.token_map, batch.sources)
+            rows = decode(self.model, visual, batch.rows)[batch.targets != IGNORED]
+            return self.model.decoder.logits(rows), batch.targets[batch.targets != IGNORED]
+
+    def _language_loss(self, batch: Dialogues) -> tuple[Tensor, dict[str, float]]:
+        logits, targets = self._logits(_moved(batch, self.device))
+        accuracy = float((logits.argmax(-1) == targets).float().mean())
+        return F.cross_entropy(logits, targets), {"token_accuracy": accuracy}
+
+    @torch.no_grad()
+    def evaluate(self, *, wrong: bool = False) -> dict[str, float]:
+        """Exact match of whole answers per question type, on held-out seeds, every answer's tokens being given.
+
+        `wrong` shows each sample its neighbour's picture: what is left then was guessed.
+        """
+        right: dict[str, int] = defaultdict(int)
+        asked: dict[str, int] = defaultdict(int)
+        for number, (kind, options, _) in enumerate(MIX):
+            batch = self.validation.dialogues(number, EVALUATION_SIZE, layout=(kind, options))
+            batch = _moved(batch, self.device)
+            if wrong:
+                batch = Dialogues(**{**vars(batch), "pixels": batch.pixels.roll(1, dims=0)})
+            logits, targets = self._logits(batch)
+            good = logits.argmax(-1) == targets
+            samples, columns = torch.nonzero(batch.targets != IGNORED, as_tuple=True)
+            turns = batch.turns[samples, columns]
+            for i, types in enumerate(batch.types):
+                for turn, name in enumerate(types):
+                    rows = good[(samples == i) & (turns == turn)]
+                    key = f"{kind}_{name}"
+                    asked[key] += 1
+                    right[key] += bool(rows.all())
+        result = {name: round(right[name] / count, 3) for name, count in sorted(asked.items())}
+        return {"all": round(sum(right.values()) / sum(asked.values()), 4), **result}
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch's tensors on another device; frozen dataclasses and dicts of tensors are rebuilt."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if hasattr(batch, "__dataclass_fields__"):
+        return type(batch)(**{name: _moved(getattr(batch, name), device) for name in batch.__dataclass_fields__})
+    return batch
+
+
+def make_tokenizer(per_kind: int = 400) -> bytes:
+    """Pieces learnt from dialogues of the world, every word of its vocabulary among them."""
+    lines = [" ".join(world_vocabulary())] * 20
+    for kind in KINDS:
+        for seed in TRAIN[:per_kind]:
+            sample = make(kind, seed)
+            lines += [f"USER: {qa.question} ASSISTANT: {qa.answer}" for qa in (*sample.dialogue, *sample.alone)]
+    return train_tokenizer(lines, NUM_PIECES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo model from scratch.")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, documents")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop cleanly after this time")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--export", type=Path, help="folder that gets the checkpoint when the training is done")
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    args = vars(parser.parse_args())
+    if args["threads"]:
+        torch.set_num_threads(args["threads"])
+    recipe = Recipe(**{name: args[name] for name in asdict(Recipe())})
+    trainer = Trainer(
+        args["run"], recipe, device=torch.device(args["device"]), workers=args["workers"], minutes=args["minutes"]
+    )
+    trainer.log(environment=describe(), recipe=asdict(recipe))
+    done = trainer.train()
+    files = export(trainer.model, args["run"])
+    if done and args["export"]:
+        args["export"].mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copy(file, args["export"])
+    print("done" if done else "out of time: the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

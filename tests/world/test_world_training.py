@@ -1,0 +1,126 @@
+"""What is trained is what is shipped: batches, masks and the student against the engine on the exported checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from world.batches import IGNORED, BatchMaker
+from world.student import SHAPES, build, decode, embed_visual, export, tower_hidden
+from world.train import make_tokenizer
+
+from sparsevila.engine.engine import Engine
+from sparsevila.engine.runner import TextSpan, VisualSpan
+from sparsevila.engine.sparsity.base import Method
+from sparsevila.engine.tokenizer import load_tokenizer
+from sparsevila.models.checkpoint import Checkpoint
+
+LAYOUTS = [
+    ("scene", {"width": 128, "height": 64}),
+    ("page", {"width": 128, "height": 128}),
+    ("clip", {"frames": 5}),
+]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, BatchMaker, Path]:
+    folder = tmp_path_factory.mktemp("student")
+    model = build(SHAPES["small"], folder, make_tokenizer(per_kind=30))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "qkv" in name:
+                parameter.mul_(3)  # peaked enough for a wrong mask or position to show
+            parameter.copy_(parameter.bfloat16())
+    export(model, folder)
+    return model, BatchMaker(model, load_tokenizer(Checkpoint(folder))), folder
+
+
+def logits(model: Any, batch: Any) -> torch.Tensor:
+    """(B, T, V), without autocast."""
+    with torch.no_grad():
+        features = tower_hidden(model, batch.pixels.flatten(0, 1))[:, 1:].unflatten(0, batch.pixels.shape[:2])
+        visual = embed_visual(model, features, batch.token_map, batch.sources)
+        return model.decoder.logits(decode(model, visual, batch.rows))
+
+
+def test_every_word_of_the_world_is_in_the_tokenizer(student):
+    _, maker, _ = student
+    for text in ("the red star", "count the triangles", "kqz", "42", "top left"):
+        assert maker.tokenizer.decode(maker.tokenizer.encode(f" {text}", first=False)) == text
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_batches_depend_on_their_number_alone(student, layout):
+    _, maker, _ = student
+    one, same, other = (maker.dialogues(n, 2, layout=layout) for n in (3, 3, 4))
+    assert torch.equal(one.pixels, same.pixels)
+    assert torch.equal(one.rows.text, same.rows.text)
+    assert not torch.equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_targets_spell_the_answers(student, layout):
+    _, maker, _ = student
+    batch = maker.dialogues(0, 4, layout=layout)
+    eos = maker.tokenizer.special_id("</s>")
+    for targets, turns, types in zip(batch.targets, batch.turns, batch.types, strict=True):
+        assert len(types) > 0
+        for turn in range(len(types)):
+            answer = targets[(turns == turn) & (targets != IGNORED)].tolist()
+            assert answer[-1] == eos
+            assert eos not in answer[:-1]
+            assert maker.tokenizer.decode(answer[:-1]).strip()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_a_batch_gives_the_logits_of_the_engine(student, layout):
+    """A plain conversation is prefilled by the engine token for token; a block is a first question of its own."""
+    model, maker, folder = student
+    batch = maker.dialogues(1, 2, layout=layout)
+    want = logits(model, batch)
+    before = batch.rows.before.tolist()
+    start = len(before) + len(batch.token_map)
+    with Engine.load(folder, device="cpu", dtype="float32") as engine:
+        for sample in range(2):
+            pixels = batch.pixels[sample]
+            kind = "video" if batch.sources is None else "image"
+            inputs = _inputs(maker, layout, 1, sample)
+            assert inputs.kind == kind
+            assert torch.equal(inputs.pixels, pixels)
+            with torch.no_grad():
+                tokens = engine.model.encode(inputs)
+            segments = batch.rows.segments[sample, start:]
+            for segment in segments[segments > 0].unique().tolist():
+                rows = torch.nonzero(segments == segment)[:, 0]
+                ids = tuple(batch.rows.text[sample, rows].tolist())
+                cache = engine.runner.new_cache()
+                cache.reserve(visual=len(tokens), text=len(tokens) + 300)
+                spans = [TextSpan(tuple(before)), VisualSpan(tokens), TextSpan(ids)]
+                got = engine.runner.logits(engine.runner.prefill(cache, spans, method=Method()).hidden)
+                row = want[sample, start + int(rows[-1])]
+                assert (got - row).abs().max() < 2e-4 * row.abs().max()
+
+
+def test_one_turn_of_a_block_does_not_see_another(student):
+    model, maker, _ = student
+    batch = maker.dialogues(2, 2, layout=LAYOUTS[0])
+    start = len(batch.rows.before) + len(batch.token_map)
+    segments = batch.rows.segments[0, start:]
+    assert len(segments[segments > 0].unique()) > 1
+    first = segments == 1
+    changed = maker.dialogues(2, 2, layout=LAYOUTS[0])
+    changed.rows.text[0, first] = 5
+    a, b = logits(model, batch)[0, start:], logits(model, changed)[0, start:]
+    assert torch.equal(a[segments > 1], b[segments > 1])
+    assert not torch.equal(a[first], b[first])
+
+
+def _inputs(maker: BatchMaker, layout: tuple[str, dict[str, int]], number: int, sample: int) -> Any:
+    from world.batches import _frames
+    from world.splits import make
+
+    kind, options = layout
+    seed = maker._seeds(number, 2)[sample]
+    return maker.model.preprocess(_frames(make(kind, seed, **options)))
