@@ -13,6 +13,11 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 TIMEOUT_S = 30
 
 
+def _hear_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and so would its children: a terminal's program does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program in a pty of its own, with `folder` as its working folder and its home."""
 
@@ -24,7 +29,14 @@ class Terminal:
         if stdout:
             command = ["/bin/sh", "-c", f'exec "$@" > "{stdout}"', "sh", *command]
         self._child = pexpect.spawn(
-            command[0], command[1:], cwd=folder, env=env, encoding="utf-8", timeout=TIMEOUT_S, dimensions=(24, 100)
+            command[0],
+            command[1:],
+            cwd=folder,
+            env=env,
+            encoding="utf-8",
+            timeout=TIMEOUT_S,
+            dimensions=(24, 100),
+            preexec_fn=_hear_interrupts,
         )
         self._child.delaybeforesend = None
         self.shown = ""

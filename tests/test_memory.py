@@ -98,13 +98,13 @@ def test_a_prefill_allocates_nothing_quadratic(oracles: dict[str, Oracle]):
     # What has to be there: keys and values, and for a chunk some ten rows of each width.
     cache = tiny.layers * 2 * tiny.kv_heads * (tiny.hidden // tiny.heads) * n * 4
     widths = tiny.hidden * 10 + 3 * (tiny.hidden * 2 + 8)
-    bound = cache + chunk * widths * 4 + 6 * MIB  # the rest is the allocator's and torch's own buffers
+    bound = cache + chunk * widths * 4 + 12 * MIB  # the rest is the allocator's and torch's own buffers
     assert bound < one_head
     assert report["short"]["media"] < bound
     assert report["short"]["question"] < bound
     assert report["long"]["media"] < bound
-    # Retrieval scores the store in tiles of 16 MiB; two may be alive while one replaces the other.
-    assert report["long"]["question"] < bound + 2 * 16 * MIB < tiny.heads * one_head / 2
+    # Retrieval scores the store in tiles of 16 MiB; two may be alive at once, and a third not yet given back.
+    assert report["long"]["question"] < bound + 3 * 16 * MIB < tiny.heads * one_head / 2
 
 
 _VISION = (
