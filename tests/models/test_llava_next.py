@@ -16,7 +16,7 @@ from sparsevila.models.interface import Frames, VisualInputs
 from sparsevila.models.llava_next import LlavaNext, LlavaNextConfig
 from sparsevila.models.registry import load_model
 
-# FORMATS of the real models (336 px tiles): picture (H, W) -> tiles, rows, columns, tokens.
+# What the real models make of a picture (336 px tiles): (H, W) -> tiles, rows, columns, tokens.
 REAL_COUNTS = {
     (336, 336): (3, 24, 24, 1176), (1, 1): (3, 24, 24, 1176), (480, 640): (5, 36, 48, 2340),
     (768, 1024): (5, 36, 48, 2340), (640, 480): (5, 48, 36, 2352), (1080, 1920): (5, 28, 48, 1948),
