@@ -6,7 +6,7 @@ Training runs the engine's tower, projector and decoder layers in batches, so wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,45 +24,28 @@ NUM_PIECES = 768
 PATCH = 8
 PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (2, 3), (3, 2), (3, 3))
 
-# One layer of each tower is behind the features: published towers have it too.
-SHAPES = {
-    "small": Shape(
-        model="llava_next_video",
-        vision_hidden=128,
-        vision_ffn=512,
-        vision_layers=5,
-        vision_heads=2,
-        image_size=TILE,
-        patch_size=PATCH,
-        text_hidden=192,
-        text_ffn=512,
-        text_layers=5,
-        text_heads=3,
-        text_kv_heads=1,
-        head_dim=64,
-        vocab_size=NUM_PIECES + 64,
-        num_pieces=NUM_PIECES,
-        pinpoints=PINPOINTS,
-    ),
-    "large": Shape(
-        model="llava_next_video",
-        vision_hidden=192,
-        vision_ffn=768,
-        vision_layers=6,
-        vision_heads=3,
-        image_size=TILE,
-        patch_size=PATCH,
-        text_hidden=256,
-        text_ffn=704,
-        text_layers=6,
-        text_heads=4,
-        text_kv_heads=2,
-        head_dim=64,
-        vocab_size=NUM_PIECES + 64,
-        num_pieces=NUM_PIECES,
-        pinpoints=PINPOINTS,
-    ),
-}
+# One layer of the tower is behind the features: published towers have it too.
+_SMALL = Shape(
+    model="llava_next_video",
+    vision_hidden=128,
+    vision_ffn=512,
+    vision_layers=5,
+    vision_heads=2,
+    image_size=TILE,
+    patch_size=PATCH,
+    text_hidden=192,
+    text_ffn=512,
+    text_layers=5,
+    text_heads=3,
+    text_kv_heads=1,
+    head_dim=64,
+    vocab_size=NUM_PIECES + 64,
+    num_pieces=NUM_PIECES,
+    pinpoints=PINPOINTS,
+)
+_WIDER = {"vision_hidden": 192, "vision_ffn": 768, "vision_layers": 6, "vision_heads": 3}
+_DEEPER = {"text_hidden": 256, "text_ffn": 704, "text_layers": 6, "text_heads": 4, "text_kv_heads": 2}
+SHAPES = {"small": _SMALL, "large": replace(_SMALL, **_WIDER, **_DEEPER)}
 
 
 @dataclass(frozen=True)
