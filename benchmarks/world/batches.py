@@ -20,19 +20,31 @@ from sparsevila.models.interface import Frames, MediaKind, TokenMap
 from sparsevila.models.llava_next import LlavaNext
 
 IGNORED = -100
-TEXT_TOKENS = 112  # of a sample's dialogue; turns that do not fit are left out
+TEXT_TOKENS = 224  # about a sample; what does not fit is left out, the rest is padding
+FURTHER_TALKS = 3  # beside a sample's own, because the picture's tokens cost more than what is said about them
 
-# Kind, options, and how many of a hundred language batches are of it. One batch has one layout of tokens.
-MIX: tuple[tuple[str, dict[str, int], int], ...] = (
-    ("scene", {"width": 64, "height": 64}, 6),
-    ("scene", {"width": 128, "height": 64}, 6),
-    ("scene", {"width": 64, "height": 128}, 6),
-    ("scene", {"width": 128, "height": 128}, 22),
+# Kind, options, and its share of the language batches. One batch has one layout of tokens.
+Mix = tuple[tuple[str, dict[str, int], int], ...]
+EARLY: Mix = (  # few tokens: what a token means is learnt here, at a third of the price
+    ("scene", {"width": 64, "height": 64}, 10),
+    ("scene", {"width": 128, "height": 64}, 15),
+    ("scene", {"width": 64, "height": 128}, 15),
+    ("page", {"width": 128, "height": 64}, 20),
+    ("clip", {"frames": 4}, 5),
+    ("clip", {"frames": 8}, 35),
+)
+LATE: Mix = (
+    ("scene", {"width": 64, "height": 64}, 2),
+    ("scene", {"width": 128, "height": 64}, 4),
+    ("scene", {"width": 64, "height": 128}, 4),
+    ("scene", {"width": 128, "height": 128}, 18),
+    ("scene", {"width": 192, "height": 128}, 5),
     ("page", {"width": 128, "height": 64}, 6),
-    ("page", {"width": 128, "height": 128}, 16),
-    ("page", {"width": 128, "height": 192}, 6),
-    ("clip", {"frames": 8}, 16),
-    ("clip", {"frames": 16}, 16),
+    ("page", {"width": 128, "height": 128}, 18),
+    ("page", {"width": 128, "height": 192}, 5),
+    ("clip", {"frames": 8}, 14),
+    ("clip", {"frames": 16}, 18),
+    ("clip", {"frames": 32}, 6),
 )
 
 
@@ -49,7 +61,7 @@ class Tiles:
 class Dialogues:
     """For projector and decoder: pictures or clips of one layout, and what is said about them."""
 
-    pixels: Tensor  # (B, tiles, 3, TILE, TILE) float32
+    pixels: Tensor  # (B, tiles, 3, TILE, TILE) float32; patch features (B, tiles, patches, D) once the tower has run
     token_map: TokenMap  # of one sample
     sources: Tensor | None  # (V,) int64, which patch each token of a picture is; None for a clip
     rows: Rows
@@ -61,10 +73,11 @@ class Dialogues:
 class BatchMaker:
     """Makes batch number n. Holds what it needs of the model (preprocessing) and its tokenizer, no weights."""
 
-    def __init__(self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN) -> None:
+    def __init__(self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN, early: int = 0) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.seeds = seeds
+        self.early = early  # language batches of small layouts, at the beginning
 
     def _seeds(self, number: int, size: int) -> range:
         first = number * size % (len(self.seeds) - size)
@@ -93,21 +106,22 @@ class BatchMaker:
 
     def layout(self, number: int) -> tuple[str, dict[str, int]]:
         """Kind and options of batch `number`."""
-        dice = random.Random(number)
-        kind, options, _ = dice.choices(MIX, weights=[share for _, _, share in MIX])[0]
+        mix = EARLY if number < self.early else LATE
+        kind, options, _ = random.Random(number).choices(mix, weights=[share for _, _, share in mix])[0]
         return kind, options
 
     def dialogues(self, number: int, size: int, *, layout: tuple[str, dict[str, int]] | None = None) -> Dialogues:
-        """Half of the samples block-masked (each turn sees the picture and itself), half plain conversations."""
+        """Half of the samples ask every question by itself, half hold conversations; each of these sees the picture and
+        itself alone, so that a sample has room for many."""
         kind, options = layout or self.layout(number)
-        samples = [make(kind, seed, **options) for seed in self._seeds(number, size)]
+        samples = [make(kind, seed, talks=FURTHER_TALKS, **options) for seed in self._seeds(number, size)]
         inputs = [self.model.preprocess(_frames(sample)) for sample in samples]
         first = inputs[0]
         prompt = self.model.prompt
         before = encode_pieces(self.tokenizer, prompt.opening(first=True, system=None), start=True)
         prefix = len(before) + len(first.token_map)
-        talks = [self._talk(s, prefix, blocks=i % 2 == 0, dice=random.Random(s.seed)) for i, s in enumerate(samples)]
-        length = max(len(talk.ids) for talk in talks)
+        talks = [self._talk(s, prefix, apart=i % 2 == 0) for i, s in enumerate(samples)]
+        length = TEXT_TOKENS  # always the same, for a compiled step
         total = prefix + length
 
         def table(fill: int, columns: Sequence[Sequence[int]]) -> Tensor:
@@ -135,32 +149,33 @@ class BatchMaker:
             types=tuple(t.types for t in talks),
         )
 
-    def _talk(self, sample: Sample, prefix: int, *, blocks: bool, dice: random.Random) -> _Talk:
-        """The turns that fit. Questions that tell too much for a conversation are asked in blocks only."""
-        turns = list(sample.dialogue)
-        dice.shuffle(turns)
-        if blocks:
-            alone = list(sample.alone)
-            dice.shuffle(alone)
-            turns = alone[:1] + turns
+    def _talk(self, sample: Sample, prefix: int, *, apart: bool) -> _Talk:
+        """The conversations that fit, one segment each; with `apart` every question is one, rare types as often as
+        others."""
+        dice = random.Random(sample.seed)
+        talks = [sample.dialogue, *sample.further]
+        if apart:
+            turns = [qa for talk in talks for qa in talk]
+            dice.shuffle(turns)
+            talks = [(qa,) for qa in (dice.choice(sample.alone), *_by_turns(turns))]
         talk = _Talk([], [], [], [], [], ())
         types: list[str] = []
-        position = prefix
-        for qa in turns:
-            question, answer = self._ids(qa, opens=blocks or not types)
-            if len(talk.ids) + len(question) + len(answer) > TEXT_TOKENS:
-                continue
-            if blocks:
-                position = prefix
-            ids = [*question, *answer]
-            talk.ids.extend(ids)
-            # The row before an answer's token says it; the last row of the answer says the end.
-            talk.targets.extend([*[IGNORED] * (len(question) - 1), *answer, self.tokenizer.special_id("</s>")])
-            talk.turns.extend([len(types)] * len(ids))
-            talk.positions.extend(range(position, position + len(ids)))
-            talk.segments.extend([len(types) + 1 if blocks else 1] * len(ids))
-            position += len(ids)
-            types.append(qa.type)
+        for segment, conversation in enumerate(talks, 1):
+            position = prefix
+            for qa in conversation:
+                question, answer = self._ids(qa, opens=position == prefix)
+                ids = [*question, *answer]
+                if len(talk.ids) + len(ids) > TEXT_TOKENS:
+                    continue
+                talk.ids.extend(ids)
+                # The row before an answer's token says it; the last row of the answer says the end.
+                end = self.tokenizer.special_id("</s>")
+                talk.targets.extend([*[IGNORED] * (len(question) - 1), *answer, end])
+                talk.turns.extend([len(types)] * len(ids))
+                talk.positions.extend(range(position, position + len(ids)))
+                talk.segments.extend([segment] * len(ids))
+                position += len(ids)
+                types.append(qa.type)
         return _Talk(talk.ids, talk.targets, talk.turns, talk.positions, talk.segments, tuple(types))
 
     def _ids(self, qa: QA, *, opens: bool) -> tuple[tuple[int, ...], list[int]]:
@@ -170,6 +185,16 @@ class BatchMaker:
         if not opens:
             pieces = [*prompt.opening(first=False, system=None), *pieces]
         return encode_pieces(self.tokenizer, pieces, start=False), self.tokenizer.encode(f" {qa.answer}", first=False)
+
+
+def _by_turns(turns: Sequence[QA]) -> list[QA]:
+    """The first of every type, then the second of every type, and so on; a question is not asked twice."""
+    ranked: dict[str, int] = {}
+    order = []
+    for qa in {qa.question: qa for qa in turns}.values():
+        ranked[qa.type] = ranked.get(qa.type, 0) + 1
+        order.append((ranked[qa.type], qa))
+    return [qa for _, qa in sorted(order, key=lambda pair: pair[0])]
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,7 @@ def _first_tile(
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A frame with its labels; of a clip the one that the seed says."""
     frame = sample.seed % len(sample.rgb)
-    patches = patch_labels(sample, patch, tile=tile)
+    patches = patch_labels(sample, patch, tile=tile, partner=True)
     whole = image_labels(sample, tile=tile)
     return sample.rgb[frame], {n: p[frame] for n, p in patches.items()}, {n: w[frame, 0, 0] for n, w in whole.items()}
 
@@ -208,6 +233,6 @@ def _shrunk(sample: Sample) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str
     blank = np.full((TILE // PATCH, TILE // PATCH), IGNORED)
     slots = patch_labels(sample, PATCH)
     patches |= {n: blank for n in slots if n.startswith("character")}
-    for name in ("word", "row", "column"):
+    for name in ("word", "row", "column", "partner_shape", "partner_colour", "partner_word"):
         patches[name] = blank
     return rgb, patches, {n: w[0, 0, 0] for n, w in image_labels(sample).items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from world.dialogue import Talk
+from world.dialogue import Talk, further_talks
 from world.dice import Dice
 from world.drawing import SCENE_GRID, SIDES
 from world.glyphs import LARGE, SMALL
@@ -88,7 +88,7 @@ PHRASES = {
 ANSWER_WORDS = ("yes", "no", "moves", "stays", "turns", "number", "code")
 
 
-def plan_clip(dice: Dice, frames: int = 16) -> Plan:
+def plan_clip(dice: Dice, frames: int = 16, talks: int = 0) -> Plan:
     """A clip of 4 to 64 frames of 64x64 pixels."""
     if not MIN_FRAMES <= frames <= MAX_FRAMES:
         raise ValueError(f"expected {MIN_FRAMES} to {MAX_FRAMES} frames, got {frames}")
@@ -97,7 +97,8 @@ def plan_clip(dice: Dice, frames: int = 16) -> Plan:
         talk = Talk(dice, PHRASES)
         if clip.converse(talk):
             things = tuple(clip.actors + clip.flashes)
-            return Plan(frames, TILE, TILE, things, SCENE_GRID, tuple(talk.turns), (clip.tell(talk),))
+            further = further_talks(talks, dice, PHRASES, clip)
+            return Plan(frames, TILE, TILE, things, SCENE_GRID, tuple(talk.turns), (clip.tell(talk),), further)
 
 
 Ask = Callable[[Talk], bool]  # tries to add one turn and says whether it did

@@ -16,12 +16,35 @@ measured in the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from world.dice import Dice
 from world.sample import QA, Fact, Region
 from world.vocabulary import words_of
 
 MIN_TURNS, MAX_TURNS = 3, 8
+
+
+class Asker(Protocol):
+    """What asks about a sample."""
+
+    dice: Dice
+
+    def converse(self, talk: Talk) -> bool: ...
+
+
+def further_talks(
+    count: int, dice: Dice, phrases: Mapping[str, Sequence[str]], asker: Asker
+) -> tuple[tuple[QA, ...], ...]:
+    """`count` more conversations about one sample, none of which knows of the others; some may be short.
+
+    The sample is drawn the same however many there are, with other dice.
+    """
+    asker.dice = dice.aside()
+    talks = [Talk(asker.dice, phrases) for _ in range(count)]
+    for talk in talks:
+        asker.converse(talk)
+    return tuple(tuple(talk.turns) for talk in talks)
 
 
 class Talk:

@@ -19,8 +19,13 @@ class Dice:
     """A stream of choices that depends on `key` alone: non-negative integers."""
 
     def __init__(self, *key: int) -> None:
+        self.key = key
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
         self._words: list[int] = []
+
+    def aside(self) -> Dice:
+        """Other dice, always the same; to throw them leaves these as they are."""
+        return Dice(*self.key, 1)
 
     def below(self, bound: int) -> int:
         """0 .. bound - 1, uniform up to bound / 2^32."""

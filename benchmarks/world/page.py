@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from world.dialogue import Talk
+from world.dialogue import Talk, further_talks
 from world.dice import Dice
 from world.glyphs import LARGE, SMALL
 from world.sample import QA, TILE, Fact, Grid, Plan, Region, Thing
@@ -79,7 +79,7 @@ class Row:
         return [(self.word.ident, "text"), (self.value.ident, "text"), (self.word.ident, "place")]
 
 
-def plan_page(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense: bool = False) -> Plan:
+def plan_page(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense: bool = False, talks: int = 0) -> Plan:
     """A page of this size, in pixels: multiples of 64. A dense one is full, half of its words being random letters,
     and has no questions."""
     if width % TILE or height % TILE or not TILE <= width <= MAX_WIDTH or not TILE <= height <= MAX_HEIGHT:
@@ -91,7 +91,8 @@ def plan_page(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense: 
             return page.plan((), ())
         talk = Talk(dice, PHRASES)
         if page.converse(talk):
-            return page.plan(tuple(talk.turns), page.columns_read(talk))
+            further = further_talks(talks, dice, PHRASES, page)
+            return page.plan(tuple(talk.turns), page.columns_read(talk), further)
 
 
 class _Page:
@@ -161,8 +162,8 @@ class _Page:
             if text not in taken:
                 return text
 
-    def plan(self, dialogue: tuple[QA, ...], alone: tuple[QA, ...]) -> Plan:
-        return Plan(1, self.height, self.width, tuple(self.things), PAGE_GRID, dialogue, alone)
+    def plan(self, dialogue: tuple[QA, ...], alone: tuple[QA, ...], further: tuple[tuple[QA, ...], ...] = ()) -> Plan:
+        return Plan(1, self.height, self.width, tuple(self.things), PAGE_GRID, dialogue, alone, further)
 
     # How things are named
 

@@ -128,7 +128,8 @@ class Sample:
 
     rgb (T, H, W, 3) uint8; mask (T, H, W) uint8: the ident of the thing whose ink covers a pixel, 0 for background.
     `dialogue` is one conversation in which no answer follows from earlier turns. `alone` are questions whose answers
-    tell too much for that: each is to be asked by itself.
+    tell too much for that: each is to be asked by itself. `further` are conversations like the first, each of its own:
+    together they would tell too much.
     """
 
     kind: str
@@ -139,6 +140,7 @@ class Sample:
     grid: Grid
     dialogue: tuple[QA, ...]
     alone: tuple[QA, ...]
+    further: tuple[tuple[QA, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,4 @@ class Plan:
     grid: Grid
     dialogue: tuple[QA, ...]
     alone: tuple[QA, ...]
+    further: tuple[tuple[QA, ...], ...] = ()

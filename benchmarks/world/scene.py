@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
-from world.dialogue import Talk
+from world.dialogue import Talk, further_talks
 from world.dice import Dice
 from world.drawing import SCENE_GRID, SIDES
 from world.glyphs import LARGE, SMALL
@@ -70,7 +70,7 @@ PHRASES = {
 }
 
 
-def plan_scene(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense: bool = False) -> Plan:
+def plan_scene(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense: bool = False, talks: int = 0) -> Plan:
     """A scene of this size, in pixels: multiples of 64. A dense one fills most cells and has no questions."""
     for side in (width, height):
         if side % TILE or not TILE <= side <= MAX_SIDE:
@@ -81,7 +81,8 @@ def plan_scene(dice: Dice, width: int = 2 * TILE, height: int = 2 * TILE, dense:
             return scene.plan((), ())
         talk = Talk(dice, PHRASES)
         if scene.converse(talk):
-            return scene.plan(tuple(talk.turns), (scene.describe(talk),))
+            further = further_talks(talks, dice, PHRASES, scene)
+            return scene.plan(tuple(talk.turns), (scene.describe(talk),), further)
 
 
 def random_text(dice: Dice, role: str) -> str:
@@ -185,8 +186,8 @@ class _Scene:
             corner = self._corner_in(cell, width, height)
             self._keep(cell, Thing(ident, role, width, height, (corner,), text=text, font=font))
 
-    def plan(self, dialogue: tuple[QA, ...], alone: tuple[QA, ...]) -> Plan:
-        return Plan(1, self.height, self.width, tuple(self.things), SCENE_GRID, dialogue, alone)
+    def plan(self, dialogue: tuple[QA, ...], alone: tuple[QA, ...], further: tuple[tuple[QA, ...], ...] = ()) -> Plan:
+        return Plan(1, self.height, self.width, tuple(self.things), SCENE_GRID, dialogue, alone, further)
 
     # How things are named
 

@@ -33,11 +33,12 @@ def make(kind: str, seed: int, **options: Any) -> Sample:
     """The sample of this seed, always the same.
 
     Options of scene and page: `width`, `height` in pixels (multiples of 64) and `dense=True`, full pictures without
-    questions to train a vision tower on. Option of clip: `frames`, 4 to 64.
+    questions to train a vision tower on. Option of clip: `frames`, 4 to 64. Option of all: `talks`, how many further
+    conversations are held about it.
     """
     plan, dice = make_plan(kind, seed, **options)
     rgb, mask = draw(plan, dice)
-    return Sample(kind, seed, rgb, mask, plan.things, plan.grid, plan.dialogue, plan.alone)
+    return Sample(kind, seed, rgb, mask, plan.things, plan.grid, plan.dialogue, plan.alone, plan.further)
 
 
 def make_plan(kind: str, seed: int, **options: Any) -> tuple[Plan, Dice]:

@@ -5,22 +5,25 @@ Training runs the engine's tower, projector and decoder layers in batches, so wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from random_checkpoint import Shape, write_documents
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from world.sample import TILE
 
 from sparsevila.models.checkpoint import Checkpoint
+from sparsevila.models.decoder import DecoderLayer
 from sparsevila.models.interface import TokenMap, VisualTokens
 from sparsevila.models.llava_next import LlavaNext
 from sparsevila.quant.linear import Linear
 
 NUM_PIECES = 768
+UNSEEN = -30000.0  # added to a score; its exponential is 0
+_ALL_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 PATCH = 8
 PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3), (2, 3), (3, 2), (3, 3))
 
@@ -35,7 +38,7 @@ _SMALL = Shape(
     patch_size=PATCH,
     text_hidden=192,
     text_ffn=512,
-    text_layers=5,
+    text_layers=6,
     text_heads=3,
     text_kv_heads=1,
     head_dim=64,
@@ -94,8 +97,11 @@ def tower_hidden(model: LlavaNext, pixels: Tensor) -> Tensor:
     """pixels (B, 3, TILE, TILE) -> (B, 1 + patches, D) behind the last layer that is run, summary token first."""
     tower = model.vision_tower
     x = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers:
-        x, _ = layer(x, score=False)
+    # On a CPU the backward pass of the fused attention takes longer than the rest of the tower.
+    backends = [SDPBackend.MATH] if torch.is_grad_enabled() and x.device.type == "cpu" else list(_ALL_BACKENDS)
+    with sdpa_kernel(backends):
+        for layer in tower.encoder.layers:
+            x, _ = layer(x, score=False)
     return x
 
 
@@ -111,41 +117,77 @@ def embed_visual(model: LlavaNext, features: Tensor, token_map: TokenMap, source
     return model.embed_visual(VisualTokens(x.flatten(0, 1), flat, None)).reshape(B, len(token_map), -1)
 
 
-def decode(model: LlavaNext, visual: Tensor, rows: Rows) -> Tensor:
-    """visual (B, V, hidden) -> hidden states (B, T, hidden) behind the last layer."""
+def decode(model: LlavaNext, visual: Tensor, rows: Rows, run_layer: Callable[..., Tensor] | None = None) -> Tensor:
+    """visual (B, V, hidden) -> hidden states (B, Tt, hidden) of the text rows behind the last layer.
+
+    `run_layer` is `decoder_layer`, compiled.
+    """
+    run_layer = run_layer or decoder_layer
     decoder = model.decoder
-    B = visual.shape[0]
+    B, Tt = rows.text.shape
     before = decoder.embed(rows.before).expand(B, -1, -1)
     hidden = torch.cat([before, visual, decoder.embed(rows.text)], dim=1)
-    T = hidden.shape[1]
-    mask = _mask(rows.segments)
     cos, sin = decoder.angles(rows.positions.flatten())
-    hidden = hidden.reshape(B * T, -1)
-    for layer in map(decoder.layer, range(len(decoder.layers))):
-        q, k, v = (x.unflatten(1, (B, T)).transpose(0, 1) for x in layer.project(hidden, cos, sin))
-        attended = _attention(q, k, v, mask).transpose(0, 1).flatten(1, 2)  # (H, B * T, D)
-        hidden = layer.finish(hidden, attended)
-    return hidden.reshape(B, T, -1)
+    prefix = hidden.shape[1] - Tt
+    bias = _prefix_bias(prefix, hidden.device), _text_bias(rows.segments, Tt)
+    hidden = hidden.flatten(0, 1)
+    for i in range(len(decoder.layers)):
+        hidden = run_layer(decoder.layer(i), hidden, cos, sin, bias, B, is_last=i == len(decoder.layers) - 1)
+    return hidden.unflatten(0, (B, Tt))
 
 
-def _mask(segments: Tensor) -> Tensor:
-    """(B, T) -> (B, 1, T, T) bool: what a row may see. Padding sees itself, so that no row is empty."""
+def decoder_layer(
+    layer: DecoderLayer,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bias: tuple[Tensor, Tensor],
+    B: int,
+    *,
+    is_last: bool,
+) -> Tensor:
+    """hidden (B T, hidden) -> the same behind this layer; of the last layer only the text rows, (B Tt, hidden).
+
+    The visual prefix sees only itself, so its scores are not computed against the text; nor is anything of it computed
+    that nobody reads.
+    """
+    q, k, v = (x.unflatten(1, (B, -1)).transpose(0, 1) for x in layer.project(hidden, cos, sin))  # (B, heads, T, D)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    prefix = bias[0].shape[-1]
+    attended = _attend(q[:, :, prefix:], k, v, bias[1])
+    if is_last:
+        hidden = hidden.unflatten(0, (B, -1))[:, prefix:].flatten(0, 1)
+    else:
+        seen = _attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], bias[0])
+        attended = torch.cat([seen, attended], dim=2)
+    return layer.finish(hidden, attended.transpose(0, 1).flatten(1, 2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """q (B, H, M, D), k and v (B, H_kv, N, D), bias (B or 1, 1, M, N) -> (B, H, M, D). Plain products, for a backward
+    pass that is fast on a CPU too; the rows of the heads that share keys stand behind each other."""
+    B, H, M, D = q.shape
+    shared = k.shape[1]
+    rows = (q * D**-0.5).reshape(B, shared, -1, D)
+    scores = (rows @ k.transpose(2, 3)).view(B, H, M, -1) + bias
+    weights = scores.softmax(-1).to(v.dtype)
+    return (weights.view(B, shared, -1, k.shape[2]) @ v).view(B, H, M, D)
+
+
+def _prefix_bias(prefix: int, device: torch.device) -> Tensor:
+    """(1, 1, P, P) bfloat16: 0 where a row of the prefix may see, else far below every score."""
+    seen = torch.ones(prefix, prefix, dtype=torch.bool, device=device).tril()
+    return torch.zeros(seen.shape, dtype=torch.bfloat16, device=device).masked_fill(~seen, UNSEEN)[None, None]
+
+
+def _text_bias(segments: Tensor, Tt: int) -> Tensor:
+    """segments (B, T) -> (B, 1, Tt, T) bfloat16 for the text rows. Padding sees itself, so that no row is empty."""
     T = segments.shape[1]
-    rows, cols = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
-    own = torch.eye(T, dtype=torch.bool, device=segments.device)
-    return ((causal & ((cols == 0) | (cols == rows)) & (cols >= 0)) | own)[:, None]
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D)."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    q, k, v = (x.to(v.dtype) for x in (q, k, v))
-    if q.device.type == "cuda":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a CPU the fused op's backward pass with a mask is slower than the plain product.
-    scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    rows, cols = segments[:, T - Tt :, None], segments[:, None, :]
+    at = torch.arange(T, device=segments.device)
+    own = at == at[T - Tt :, None]
+    seen = ((at <= at[T - Tt :, None]) & ((cols == 0) | (cols == rows)) & (cols >= 0)) | own
+    return torch.zeros(seen.shape, dtype=torch.bfloat16, device=seen.device).masked_fill(~seen, UNSEEN)[:, None]
 
 
 def export(model: LlavaNext, folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,16 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe
 from random_checkpoint import train_tokenizer
-from world.batches import IGNORED, MIX, BatchMaker, Dialogues, Tiles
+from world.batches import IGNORED, LATE, BatchMaker, Dialogues, Tiles
 from world.labels import CLASSES
 from world.splits import KINDS, TRAIN, VALIDATION, make, world_vocabulary
-from world.student import NUM_PIECES, SHAPES, build, decode, embed_visual, export, tower_hidden
+from world.student import NUM_PIECES, SHAPES, build, decode, decoder_layer, embed_visual, export, tower_hidden
 
 from sparsevila.engine.tokenizer import load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
 
 CELLS = 17  # classes of a row's or a column's number, 0 for none
 BACKGROUND_WEIGHT = 0.1  # most patches are empty, and that is quickly learnt
-EVALUATION_BATCHES = len(MIX)
 EVALUATION_SIZE = 16
 
 
@@ -48,14 +47,17 @@ class Recipe:
     """What fixes the result, given the machine's rounding."""
 
     size: str = "small"
-    vision_steps: int = 4000
+    vision_steps: int = 3000
     vision_batch: int = 96
     vision_muon: float = 0.02
     vision_adam: float = 2e-3
-    language_steps: int = 12000
-    language_batch: int = 32
+    language_steps: int = 8000
+    language_batches: int = 2  # of one layout each, for one step
+    language_batch: int = 16
+    language_early: int = 2000  # steps with small layouts, at the beginning
     language_muon: float = 0.005
     language_adam: float = 2e-3
+    language_decay: float = 0.3  # the last part of the steps, in which the rate falls; the tower's falls all the time
     warmup: int = 100
     seed: int = 0
 
@@ -90,33 +92,35 @@ class Heads(nn.Module):
 def _classes(name: str) -> int:
     if name in ("row", "column"):
         return CELLS
-    return CLASSES["character" if name.startswith("character") else name]
+    return CLASSES["character" if name.startswith("character") else name.removeprefix("partner_")]
 
 
 class Optimisers:
     """Muon for the matrices of the layers, AdamW for everything else; one schedule."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], *, muon: float, adam: float, steps: int, warmup: int):
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], *, muon: float, adam: float, steps: int, warmup: int, decay: float
+    ) -> None:
         matrices = [p for n, p in named if p.ndim == 2 and ".layers." in n]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]
         self.parameters = [p for _, p in named]
-        self.steps, self.warmup = steps, warmup
+        self.steps, self.warmup, self.decay = steps, warmup, decay
         self.each: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.Muon(matrices, lr=muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), muon),
             (torch.optim.AdamW(others, lr=adam, betas=(0.9, 0.98), weight_decay=0.02), adam),
         ]
 
     def rate(self, step: int) -> float:
-        """Share of the full learning rate: warm-up, then a cosine down to 3 %."""
+        """Share of the full learning rate: warm-up, a plateau, then half a cosine down to 1 %."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        falling = max(1.0, self.decay * self.steps)
+        left = min(1.0, (self.steps - step) / falling)
+        return 0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left))
 
-    def step(self, loss: Tensor, step: int) -> None:
-        """One update from a loss."""
-        loss.backward()
+    def step(self, step: int) -> None:
+        """One update from the gradients at hand."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimiser, full in self.each:
             for group in optimiser.param_groups:
@@ -130,6 +134,15 @@ class Optimisers:
     def load(self, states: list[dict[str, Any]]) -> None:
         for (optimiser, _), state in zip(self.each, states, strict=True):
             optimiser.load_state_dict(state)
+
+
+def _goes_on(old: Recipe, new: Recipe, stage: str, step: int) -> bool:
+    """Whether a run of one recipe may be continued by another: the number of language steps may change while the
+    rate has not begun to fall."""
+    first_falling = (1 - new.language_decay) * min(old.language_steps, new.language_steps)
+    if stage == "vision" or step <= first_falling:
+        return replace(old, language_steps=new.language_steps) == new
+    return old == new
 
 
 class _Numbered(Dataset[Any]):
@@ -154,8 +167,15 @@ def stream(make_batch: Callable[[int, int], Any], size: int, numbers: range, wor
 class Trainer:
     """Model, optimisers, log and state of one run."""
 
-    def __init__(self, run: Path, recipe: Recipe, *, device: torch.device, workers: int, minutes: float) -> None:
+    def __init__(
+        self, run: Path, recipe: Recipe, *, device: torch.device, workers: int, minutes: float, compiled: bool = False
+    ) -> None:
         self.run, self.recipe, self.device, self.workers = run, recipe, device, workers
+        self.tower_hidden, self.decoder_layer = tower_hidden, decoder_layer
+        if compiled:  # once per layout
+            torch._dynamo.config.recompile_limit = 64
+            self.tower_hidden = torch.compile(tower_hidden, dynamic=False)
+            self.decoder_layer = torch.compile(decoder_layer, dynamic=False)
         self.deadline = time.monotonic() + 60 * minutes
         run.mkdir(parents=True, exist_ok=True)
         tokenizer = run / "tokenizer.model"
@@ -163,7 +183,7 @@ class Trainer:
         self.model = build(SHAPES[recipe.size], run, pieces, seed=recipe.seed).to(device)
         self.tokenizer = load_tokenizer(Checkpoint(run))  # there are no weights yet to open
         on_cpu = build(SHAPES[recipe.size], run, pieces)  # workers preprocess with it; its weights are not used
-        self.maker = BatchMaker(on_cpu, self.tokenizer)
+        self.maker = BatchMaker(on_cpu, self.tokenizer, early=recipe.language_early * recipe.language_batches)
         self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
         self.stage, self.step = "vision", 0
         self.heads = Heads(self.model.config.vision.hidden_size, self.maker.tiles(0, 6)).to(device)
@@ -178,12 +198,13 @@ class Trainer:
         tower = [(f"vision_tower.{n}", p) for n, p in self.model.vision_tower.named_parameters()]
         if self.stage == "vision":
             named = tower + [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
-            rates = {"muon": recipe.vision_muon, "adam": recipe.vision_adam, "steps": recipe.vision_steps}
+            rates = {"muon": recipe.vision_muon, "adam": recipe.vision_adam, "steps": recipe.vision_steps, "decay": 1.0}
         else:
             for _, parameter in tower:
                 parameter.requires_grad_(False)
             named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("vision_tower.")]
             rates = {"muon": recipe.language_muon, "adam": recipe.language_adam, "steps": recipe.language_steps}
+            rates["decay"] = recipe.language_decay
         return Optimisers(named, warmup=recipe.warmup, **rates)  # type: ignore[arg-type]
 
     def save(self) -> None:
@@ -197,7 +218,7 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
+        if not _goes_on(Recipe(**state["recipe"]), self.recipe, state["stage"], state["step"]):
             raise SystemExit(f"{self.run} was begun with another recipe: {state['recipe']}")
         self.stage, self.step = state["stage"], state["step"]
         self.model.load_state_dict(state["model"])
@@ -215,42 +236,47 @@ class Trainer:
 
     def train(self) -> bool:
         """Runs until done (True) or out of time (False)."""
+        recipe = self.recipe
         if self.stage == "vision":
-            done = self._loop(self.recipe.vision_steps, self.recipe.vision_batch, self.maker.tiles, self._vision_loss)
+            done = self._loop(recipe.vision_steps, 1, recipe.vision_batch, self.maker.tiles, self._vision_loss)
             if not done:
                 return False
             self.stage, self.step = "language", 0
             self.optimisers = self._optimisers()
             self.save()
+        make_batch = self._looked_at if self.device.type == "cpu" else self.maker.dialogues
         return self._loop(
-            self.recipe.language_steps, self.recipe.language_batch, self.maker.dialogues, self._language_loss
+            recipe.language_steps, recipe.language_batches, recipe.language_batch, make_batch, self._language_loss
         )
 
     def _loop(
         self,
         steps: int,
+        batches: int,
         size: int,
         make_batch: Callable[[int, int], Any],
         loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
     ) -> bool:
+        """`batches` of `size` samples are one step."""
         every, saved = max(1, steps // 100), time.monotonic()
-        start, seen = time.monotonic(), 0
-        for batch in stream(make_batch, size, range(self.step, steps), self.workers):
-            loss, figures = loss_of(batch)
-            self.optimisers.step(loss, self.step)
+        start, first = time.monotonic(), self.step
+        source = stream(make_batch, size, range(self.step * batches, steps * batches), self.workers)
+        while self.step < steps:
+            figures: dict[str, float] = defaultdict(float)
+            for _ in range(batches):
+                loss, of_batch = loss_of(next(source))
+                (loss / batches).backward()
+                for name, value in {"loss": float(loss.detach()), **of_batch}.items():
+                    figures[name] += value / batches
+            self.optimisers.step(self.step)
             self.step += 1
-            seen += size
             last = self.step == steps or time.monotonic() > self.deadline
             if self.step % every == 0 or last:
-                rate = seen / (time.monotonic() - start)
-                self.log(
-                    loss=round(float(loss.detach()), 4),
-                    per_s=round(rate, 1),
-                    **{k: round(v, 4) for k, v in figures.items()},
-                )
+                rate = (self.step - first) * batches * size / (time.monotonic() - start)
+                self.log(per_s=round(rate, 1), **{k: round(v, 4) for k, v in figures.items()})
             if self.stage == "language" and (self.step % (every * 10) == 0 or last):
                 self.log(exact=self.evaluate(), wrong_picture=self.evaluate(wrong=True))
-            if last or time.monotonic() - saved > 300:
+            if last or time.monotonic() - saved > 120:
                 self.save()
                 saved = time.monotonic()
             if last:
@@ -260,18 +286,31 @@ class Trainer:
     def _vision_loss(self, tiles: Tiles) -> tuple[Tensor, dict[str, float]]:
         tiles = _moved(tiles, self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            hidden = tower_hidden(self.model, tiles.pixels)
+            hidden = self.tower_hidden(self.model, tiles.pixels)
         return self.heads(hidden.float(), tiles)
+
+    @torch.no_grad()
+    def _looked_at(self, number: int, size: int) -> Dialogues:
+        """A batch whose pictures the tower has seen already: work that a process of its own can do on a CPU."""
+        batch = self.maker.dialogues(number, size)
+        return replace(batch, pixels=self._features(batch.pixels))
+
+    @torch.no_grad()
+    def _features(self, pixels: Tensor) -> Tensor:
+        """(B, tiles, 3, TILE, TILE) -> (B, tiles, patches, D)."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            hidden = tower_hidden(self.model, pixels.flatten(0, 1))[:, 1:]
+        return hidden.unflatten(0, pixels.shape[:2]).bfloat16()
 
     def _logits(self, batch: Dialogues) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and targets (n,) of every row that has to say something."""
+        features = batch.pixels if batch.pixels.ndim == 4 else self._features(batch.pixels)
+        layer = self.decoder_layer if torch.is_grad_enabled() else decoder_layer  # evaluation has too many shapes
+        targets = batch.targets[:, -batch.rows.text.shape[1] :]
         with torch.autocast(self.device.type, torch.bfloat16):
-            with torch.no_grad():
-                hidden = tower_hidden(self.model, batch.pixels.flatten(0, 1))[:, 1:]
-                features = hidden.unflatten(0, batch.pixels.shape[:2])
-            visual = embed_visual(self.model, features, batch.token_map, batch.sources)
-            rows = decode(self.model, visual, batch.rows)[batch.targets != IGNORED]
-            return self.model.decoder.logits(rows), batch.targets[batch.targets != IGNORED]
+            visual = embed_visual(self.model, features.float(), batch.token_map, batch.sources)
+            rows = decode(self.model, visual, batch.rows, layer)[targets != IGNORED]
+            return self.model.decoder.logits(rows), targets[targets != IGNORED]
 
     def _language_loss(self, batch: Dialogues) -> tuple[Tensor, dict[str, float]]:
         logits, targets = self._logits(_moved(batch, self.device))
@@ -286,11 +325,11 @@ class Trainer:
         """
         right: dict[str, int] = defaultdict(int)
         asked: dict[str, int] = defaultdict(int)
-        for number, (kind, options, _) in enumerate(MIX):
+        for number, (kind, options, _) in enumerate(LATE):
             batch = self.validation.dialogues(number, EVALUATION_SIZE, layout=(kind, options))
             batch = _moved(batch, self.device)
             if wrong:
-                batch = Dialogues(**{**vars(batch), "pixels": batch.pixels.roll(1, dims=0)})
+                batch = replace(batch, pixels=batch.pixels.roll(1, dims=0))
             logits, targets = self._logits(batch)
             good = logits.argmax(-1) == targets
             samples, columns = torch.nonzero(batch.targets != IGNORED, as_tuple=True)
@@ -333,6 +372,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--compile", action="store_true", help="fuse with torch.compile: half the time, needs a C++ compiler"
+    )
     parser.add_argument("--export", type=Path, help="folder that gets the checkpoint when the training is done")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -341,7 +383,12 @@ def main() -> None:
         torch.set_num_threads(args["threads"])
     recipe = Recipe(**{name: args[name] for name in asdict(Recipe())})
     trainer = Trainer(
-        args["run"], recipe, device=torch.device(args["device"]), workers=args["workers"], minutes=args["minutes"]
+        args["run"],
+        recipe,
+        device=torch.device(args["device"]),
+        workers=args["workers"],
+        minutes=args["minutes"],
+        compiled=args["compile"],
     )
     trainer.log(environment=describe(), recipe=asdict(recipe))
     done = trainer.train()
