@@ -52,21 +52,30 @@ class SparseVILA(Method):
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         if self.prefill == 0:
             return None
-        assert tokens.saliency is not None, "the encoder gave no saliency"
-        saliency = tokens.saliency.cpu()
+        merit = self._token_merit(tokens)
         keep = torch.zeros(len(tokens), dtype=torch.bool)
         for group in self._groups(tokens.token_map, kind):
             if len(group):
-                keep[group[top_k(saliency[group][None], keep_count(len(group), self.prefill))[0]]] = True
+                keep[group[top_k(merit[group][None], keep_count(len(group), self.prefill))[0]]] = True
         return Survivors.of(tokens, torch.nonzero(keep | _standing(tokens.token_map, keep))[:, 0])
+
+    def _token_merit(self, tokens: VisualTokens) -> Tensor:
+        """What prefill ranks by, (N,) float32 on the CPU."""
+        assert tokens.saliency is not None, "the encoder gave no saliency"
+        return tokens.saliency.cpu()
 
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
         if self.decode == 0:
             return None
+        scores = self._turn_merit(scores)
         lengths = {len(layer) for layer in scores}
         if len(lengths) == 1:  # all layers in one call
             return list(top_k(torch.stack(list(scores)), keep_count(lengths.pop(), self.decode)))
         return [top_k(layer[None], keep_count(len(layer), self.decode))[0] for layer in scores]
+
+    def _turn_merit(self, scores: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What a turn ranks by, (N,) float32 per layer: the scores themselves."""
+        return scores
 
 
 def _standing(token_map: TokenMap, keep: Tensor) -> Tensor:
