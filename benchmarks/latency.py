@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dense against sparse latency, end to end.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder, alias or hf:USER/REPO")
-    source.add_argument("--random", metavar="PRESET", help="demo, 0.5b, vicuna-7b-N-layers")
+    source.add_argument("--random", metavar="PRESET", help="tiny, 0.5b, vicuna-7b-N-layers")
     item = parser.add_mutually_exclusive_group(required=True)
     item.add_argument("--image", type=Path)
     item.add_argument("--video", type=Path)

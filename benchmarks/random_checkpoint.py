@@ -1,6 +1,6 @@
 """Write a randomly initialised LLaVA-NeXT or LLaVA-NeXT-Video checkpoint in the layout of the real ones.
 
-    python benchmarks/random_checkpoint.py --preset demo OUT [--seed 0] [--dtype bfloat16]
+    python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16]
 
 The folder has the tensor names, config keys and tokenizer files of a published checkpoint, so the whole
 path from file to answer runs without a download. Its answers are noise. The weights have the scale of a
@@ -119,7 +119,7 @@ _VICUNA_7B = Shape(
     vocab_size=32064,
 )
 PRESETS = {
-    "demo": Shape(
+    "tiny": Shape(
         model="llava_next_video",
         vision_hidden=64,
         vision_ffn=160,

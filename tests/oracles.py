@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "assets" / "demo"  # lends its tokenizer
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from random_checkpoint import NUM_PIECES, train_tokenizer
+
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
-IMAGE_TOKEN, VIDEO_TOKEN, VOCAB = 577, 576, 590  # behind the 576 pieces of that tokenizer
+VIDEO_TOKEN, IMAGE_TOKEN, VOCAB = NUM_PIECES, NUM_PIECES + 1, NUM_PIECES + 14  # behind the pieces of the tokenizer
+
+tokenizer_model = functools.cache(train_tokenizer)  # the same for every tiny model
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def build_oracle(folder: Path, tiny: Tiny, seed: int = 0) -> Oracle:
             elif "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval().save_pretrained(folder)
-    shutil.copy(DEMO / "tokenizer.model", folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer_model())
     write_tokenizer_config(folder)
     (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
     return Oracle(folder, tiny, model)

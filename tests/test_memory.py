@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import DEMO, TINY, Oracle, Tiny, build_oracle
+from oracles import TINY, Oracle, Tiny, build_oracle
 
 MIB = 2**20
 
@@ -220,9 +220,9 @@ print(json.dumps(report))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_global_state_sockets_and_threads(dtype: str):
-    """The demo model from load to close, with an answer, a cancelled and a refused one, and one through asyncio."""
-    report = run_child(_MANNERS, DEMO, dtype)
+def test_global_state_sockets_and_threads(oracles: dict[str, Oracle], dtype: str):
+    """A model from load to close, with an answer, a cancelled and a refused one, and one through asyncio."""
+    report = run_child(_MANNERS, oracles["vicuna"].folder, dtype)
     assert report["during"] == {}
     assert report["after"] == {}
     # An event loop opens a pair of sockets to itself before anything of ours runs.

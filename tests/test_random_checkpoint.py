@@ -1,4 +1,4 @@
-"""The random checkpoints: `transformers` must take them for real ones, and the committed demo must be the recipe's."""
+"""The random checkpoints: `transformers` must take them for real ones, and the same command must write them again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "assets" / "demo"
 
 
 def _load_script() -> ModuleType:
@@ -29,9 +28,18 @@ def _load_script() -> ModuleType:
 
 
 script = _load_script()
-TINY = replace(script.preset("demo"), vision_layers=2, text_layers=2, vision_hidden=32, text_hidden=48)
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
+TINY = replace(script.preset("tiny"), vision_layers=2, text_layers=2, vision_hidden=32, text_hidden=48)
 VARIANTS = {
-    "demo": script.preset("demo"),
+    "preset": script.preset("tiny"),
     "image": replace(TINY, model="llava_next", head_dim=None),
     "mistral": replace(TINY, model="llava_next", text_model="mistral", rope_theta=1e6, text_heads=6, text_kv_heads=3),
     "scaled rope": replace(TINY, rope_scaling=("linear", 2.5)),
@@ -64,9 +72,17 @@ def test_transformers_loads_every_tensor(name: str, tmp_path: Path) -> None:
     assert text.rope_parameters.get("factor") == (shape.rope_scaling[1] if shape.rope_scaling else None)
 
 
-def test_question_and_picture_change_the_logits() -> None:
-    shape = script.preset("demo")
-    model = _load_in_transformers(DEMO, shape.model)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for the preset `tiny`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    script.main(["--preset", "tiny", str(folder)])
+    return folder
+
+
+def test_question_and_picture_change_the_logits(folder: Path) -> None:
+    shape = script.preset("tiny")
+    model = _load_in_transformers(folder, shape.model)
     num_tokens = (shape.image_size // shape.patch_size // 2) ** 2
     prefix = [1, 300, 301] + [shape.token_id("<video>")] * num_tokens
     generator = torch.Generator().manual_seed(7)
@@ -85,13 +101,13 @@ def test_question_and_picture_change_the_logits() -> None:
         assert (other - base).abs().max() > 1
 
 
-def test_tokenizer_ids_agree_with_the_config() -> None:
+def test_tokenizer_ids_agree_with_the_config(folder: Path) -> None:
     import sentencepiece
 
-    config = json.loads((DEMO / "config.json").read_text())
-    added = json.loads((DEMO / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    config = json.loads((folder / "config.json").read_text())
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     names = {token["content"]: int(i) for i, token in added.items()}
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     assert names["<image>"] == config["image_token_index"]
     assert names["<video>"] == config["video_token_index"]
     assert min(names[n] for n in ("<image>", "<video>", "<pad>")) == pieces.get_piece_size()
@@ -100,17 +116,19 @@ def test_tokenizer_ids_agree_with_the_config() -> None:
     assert pieces.decode(pieces.encode("naïve 数 🙂 ok")) == "naïve 数 🙂 ok"
 
 
-def test_committed_demo_is_what_the_command_writes(tmp_path: Path) -> None:
-    script.main(["--preset", "demo", str(tmp_path)])
-    files = {p.name for p in DEMO.iterdir()} - {"NOTE.md"}
-    assert files == {p.name for p in tmp_path.iterdir()}
-    for name in sorted(files - {"model.safetensors"}):
-        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
-    fresh, committed = load_file(tmp_path / "model.safetensors"), load_file(DEMO / "model.safetensors")
-    assert fresh.keys() == committed.keys()
-    for name, tensor in committed.items():
-        torch.testing.assert_close(fresh[name], tensor, msg=f"{name} differs")
-    assert sum(p.stat().st_size for p in DEMO.iterdir()) < 1_500_000
+def test_the_command_writes_the_same_files_again(folder: Path, tmp_path: Path) -> None:
+    script.main(["--preset", "tiny", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in folder.iterdir()} == FILES
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 1_500_000
+
+
+def test_the_dtype_is_that_of_every_tensor(tmp_path: Path) -> None:
+    script.main(["--preset", "tiny", str(tmp_path), "--dtype", "float16"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == "float16"
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
 
 
 def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:

@@ -332,12 +332,8 @@ def test_odd_names_are_plain_errors(name, places, no_network, monkeypatch, tmp_p
 
 def test_the_demo_is_found_beside_the_package(places, no_network):
     expected = Path(hub.__file__).resolve().parent.parent / "assets" / "demo"
-    if (expected / "config.json").exists():
-        assert hub.resolve("demo", **places) == hub.ModelFolder(expected, "bundled")
-        assert hub.download("demo", **places).path == expected
-    else:
-        with pytest.raises(ModelNotFound):
-            hub.resolve("demo", **places)
+    assert hub.resolve("demo", **places) == hub.ModelFolder(expected, "bundled")
+    assert hub.download("demo", **places).path == expected
 
 
 def test_the_list_of_models(places, no_network):

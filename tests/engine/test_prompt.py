@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from oracles import DEMO, IMAGE_TOKEN, Oracle
+from oracles import IMAGE_TOKEN, Oracle, tokenizer_model
 
 from sparsevila import CorruptCheckpoint, Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity
 from sparsevila.engine.prompt import MAX_TEXT_BYTES, check_media_tokens, check_text, encode_pieces
@@ -84,11 +84,11 @@ def test_rendered_conversation(family, system, turns, whole):
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    """`transformers`' Llama tokenizer over the pieces of the demo's tokenizer, `legacy=False`."""
+    """`transformers`' Llama tokenizer over the pieces of the tiny models' tokenizer, `legacy=False`."""
     from transformers import LlamaTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
 
-    model = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model())
     vocab = {model.id_to_piece(i): i for i in range(len(model))}
     merges = generate_merges(vocab, {p: model.get_score(i) for p, i in vocab.items()}, {"<unk>", "<s>", "</s>"})
     oracle = LlamaTokenizerFast(vocab=vocab, merges=merges, legacy=False)
@@ -98,8 +98,8 @@ def llama() -> Any:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(Checkpoint.open(DEMO))
+def tokenizer(oracles: dict[str, Oracle]) -> Tokenizer:
+    return load_tokenizer(Checkpoint.open(oracles["vicuna"].folder))
 
 
 @pytest.fixture(scope="module")
