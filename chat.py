@@ -69,7 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
         media.add_argument(f"--{kind}", dest="media", action="append", type=_tagged(kind), metavar="FILE", help=help_)
     commands.add_options(media, ("video",))
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", metavar="TEXT", help="answer this once and exit; stdin is not read")
+    text.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help="answer this and exit; may be repeated, for one conversation; stdin is not read",
+    )
     text.add_argument("--system", metavar="TEXT|@FILE", help="system text")
     commands.add_options(parser.add_argument_group("sampling"), ("params",))
     sparsity = parser.add_argument_group("sparsity")
@@ -145,16 +151,16 @@ def _decode(data: bytes, name: str) -> str:
         raise InvalidRequest(f"{name}: expected UTF-8 text") from None
 
 
-def question_of(args: argparse.Namespace, stdin: TextIO) -> str | None:
-    """The one question of a run that is not interactive; None at a terminal."""
-    if args.prompt is None and stdin.isatty():
+def questions_of(args: argparse.Namespace, stdin: TextIO) -> list[str] | None:
+    """The questions of a run that is not interactive, one after the other; None at a terminal."""
+    questions: list[str] | None = args.prompts
+    if questions is None and stdin.isatty():
         return None
-    text = args.prompt
-    if text is None:
-        text = _decode(stdin.buffer.read(MAX_TEXT_BYTES + 1), "stdin").strip()
-    if not text.strip():
+    if questions is None:
+        questions = [_decode(stdin.buffer.read(MAX_TEXT_BYTES + 1), "stdin").strip()]
+    if not all(text.strip() for text in questions):
         raise InvalidRequest("the prompt is empty", hint="give --prompt TEXT, text on stdin, or run it at a terminal")
-    return text
+    return questions
 
 
 def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = None) -> int:
@@ -219,7 +225,7 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
         raise InvalidRequest(f"--threads: expected at least 1, got {threads}")
     context = None if args.ctx == "auto" else commands.parse_int(args.ctx)
     media, system = media_of(args, settings), system_of(args)
-    question = question_of(args, sys.stdin)
+    questions = questions_of(args, sys.stdin)
 
     def load_once() -> Engine:
         return load(
@@ -235,7 +241,7 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
     try:
         engine = load_once()
     except ModelNotFound as error:
-        may_ask = question is None and sys.stderr.isatty() and not args.offline and not args.json
+        may_ask = questions is None and sys.stderr.isatty() and not args.offline and not args.json
         if not may_ask or not offer_download(args.model, screen, error):
             raise
         engine = load_once()
@@ -246,8 +252,8 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
         stats = sys.stderr.isatty() if args.stats is None else args.stats
         chat = Chat(engine, screen, settings, system=system, stats=stats)
         try:
-            if question is not None:
-                return answer_once(chat, media, question)
+            if questions is not None:
+                return answer_all(chat, media, questions, screen)
             return converse(chat, media, screen, args)
         finally:
             chat.close()
@@ -262,10 +268,15 @@ def _set_threads(threads: int | None, engine: Engine) -> None:
         torch.set_num_threads(threads)
 
 
-def answer_once(chat: Chat, media: list[Image | Video], question: str) -> int:
+def answer_all(chat: Chat, media: list[Image | Video], questions: list[str], screen: terminal.Screen) -> int:
     for item in media:
         chat.attach(item)
-    return INTERRUPTED if chat.ask(question) == "cancelled" else 0
+    for question in questions:
+        if len(questions) > 1:
+            screen.note(f"> {question}")
+        if chat.ask(question) == "cancelled":
+            return INTERRUPTED
+    return 0
 
 
 def converse(chat: Chat, media: list[Image | Video], screen: terminal.Screen, args: argparse.Namespace) -> int:

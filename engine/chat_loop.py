@@ -5,6 +5,7 @@ It drives a session and a screen that are given to it; which model and which str
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 HINT_WINDOW_S = 2.0  # two Ctrl-C at an empty prompt within this time leave
 INTERRUPTED = 130
+NOTE_FILE = "NOTE.md"  # beside a model's weights: what a person should know before believing its answers
+MAX_NOTE_CHARACTERS = 4096
 
 
 class Interrupts:
@@ -320,18 +323,20 @@ def banner(screen: terminal.Screen, info: EngineInfo) -> None:
         f"{info.model}: {info.architecture}, {info.scheme} on {info.device}, {size}, context {info.max_context}"
     )
     screen.note(f"from {info.folder}", dim=True)
-    for note in info.notes:
-        screen.note(note)
-    if has_random_weights(info) and not any("noise" in note for note in info.notes):
-        screen.note("This model has random weights: its answers are noise.")
+    for note in (*info.notes, note_beside(Path(info.folder))):
+        if note:
+            screen.note(note)
 
 
-def has_random_weights(info: EngineInfo) -> bool:
-    """The bundled demo says so in a note beside its weights."""
-    try:
-        return "random weights" in (Path(info.folder) / "NOTE.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+def note_beside(folder: Path) -> str:
+    """What a model's NOTE.md says first: the first paragraph below its heading, as one line; "" without one."""
+    note = folder / NOTE_FILE
+    if not note.is_file():
+        return ""
+    with note.open(encoding="utf-8", errors="replace") as file:
+        lines = file.read(MAX_NOTE_CHARACTERS).splitlines()
+    below = itertools.dropwhile(lambda line: not line.strip() or line.startswith("#"), lines)
+    return " ".join(line.strip() for line in itertools.takewhile(str.strip, below))
 
 
 def table(rows: list[tuple[str, str]]) -> str:

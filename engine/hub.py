@@ -289,7 +289,7 @@ def _not_here(
     if target.repository is None:
         return ModelNotFound(
             f"the bundled model {target.name} is not here",
-            hint="; ".join([*incomplete, "install the package again, or build it with `make demo`"]),
+            hint="; ".join([*incomplete, "install the package again"]),
         )
     cache = _hf_cache_folder(hf_cache)
     size = "" if target.size_bytes is None else f", {target.size_bytes / 1e9:.1f} GB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import pytest
 
 from sparsevila import chat, errors
 from sparsevila.engine import commands, hub
-from sparsevila.engine.chat_loop import Chat
-from sparsevila.engine.config import Image, SamplingParams, Sparsity, Video
+from sparsevila.engine.chat_loop import Chat, banner
+from sparsevila.engine.config import EngineInfo, Image, SamplingParams, Sparsity, Video
 from sparsevila.engine.terminal import Screen
 
 
@@ -86,6 +87,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         (["--system", "@gone.txt"], 2),
         (["--frobnicate"], 2),
         (["--prompt", ""], 2),
+        (["--prompt", "y"], 0),
         (["--version"], 0),
     ],
 )
@@ -118,6 +120,54 @@ def test_escape_codes_pass_where_stdout_is_no_terminal(
     out, err = capsys.readouterr()
     assert out == "".join(fake_engine.ANSWERS["escape"]) + "\n"
     assert err == ""
+
+
+def test_several_prompts_are_one_conversation(run: Any, clip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--video", clip, "--prompt", "one", "--prompt", "two", "--stats") == 0
+    out, err = capsys.readouterr()
+    assert out == "ONE [1]\nTWO [1]\n"
+    assert err.index("[1] clip.mp4") < err.index("> one\n") < err.index("ttft") < err.index("> two\n")
+    [session] = run.engine.sessions
+    assert [turn.question for turn in session.history] == ["one", "two"]
+    assert run("--prompt", "one", "--prompt", "two", "--json") == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in results if line["type"] == "result"] == ["ONE [0]", "TWO [0]"]
+    assert run("--prompt", "one", "--prompt", " ") == 2
+    assert run.engine is None
+
+
+def test_a_lone_prompt_is_not_repeated(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "one") == 0
+    assert "> one" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("note", "line"),
+    [
+        (None, ""),
+        ("", ""),
+        ("# Only a heading\n", ""),
+        ("# A model\n\nIt knows nothing\nof cats. Nor dogs.\n\nMore.\n", "It knows nothing of cats. Nor dogs.\n"),
+        ("No heading.\n", "No heading.\n"),
+        ("# A model\n\n\x1b[31mred\x1b]0;title\x07\n", "red\n"),
+        ("# A model\n\n" + "x" * 100_000, "x" * (4096 - len("# A model\n\n")) + "\n"),
+    ],
+    ids=["none", "empty", "heading", "paragraph", "bare", "escapes", "long"],
+)
+def test_the_banner_ends_with_the_models_own_note(note: str | None, line: str, tmp_path: Path) -> None:
+    if note is not None:
+        (tmp_path / "NOTE.md").write_text(note, encoding="utf-8")
+    info = EngineInfo("m", "Arch", str(tmp_path), "bf16", "cpu", 1_000_000, 2_000_000, 4096, 0.1, notes=("a note",))
+    err = io.StringIO()
+    banner(Screen(io.StringIO(), err), info)
+    assert err.getvalue().split("a note\n")[1] == line
+
+
+def test_a_note_that_is_no_file_is_left_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "NOTE.md")  # opening it would wait for a writer
+    err = io.StringIO()
+    banner(Screen(io.StringIO(), err), EngineInfo("m", "Arch", str(tmp_path), "bf16", "cpu", 1, 2, 4096, 0.1))
+    assert err.getvalue().endswith(f"from {tmp_path}\n")
 
 
 def test_piped_stdin_is_the_whole_prompt(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
