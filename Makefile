@@ -1,4 +1,4 @@
-# make demo    install once, then ask the built-in demo model about a clip
+# make demo    install once, then ask the built-in demo model three questions about a clip
 # make chat    the same model, interactive; ARGS="--model llava-next-7b" and so on
 # make check   lint, format, types, layering
 # make test    all tests; ARGS="-k chat" and so on
@@ -15,7 +15,8 @@ TYPED := $(VENV)/typed/sparsevila
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python chat.py --model demo --video assets/clips/shapes.mp4 --prompt "What happens in the clip?" \
+	$(BIN)/python chat.py --video assets/clips/world.mp4 --prompt "which shape comes first?" \
+		--prompt "what number is shown with the yellow cross?" --prompt "which colour does the blue triangle turn?" \
 		--max-new-tokens 64 --stats $(ARGS)
 
 chat: $(VENV)/run.stamp

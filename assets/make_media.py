@@ -1,19 +1,27 @@
 """Draws the bundled clips and pictures: `python assets/make_media.py OUT` writes OUT/clips and OUT/images.
 
-Everything is drawn here with Pillow and encoded as H.264 with PyAV, so nothing needs a licence of its own.
-The drawing is deterministic; encoders may differ in a few bits. What can be asked about the media is plain:
-colours, counts, words, numbers, and what happens when.
+Everything is drawn here or in `benchmarks/world`, and encoded as H.264 with PyAV, so nothing needs a licence of its
+own. The drawing is deterministic; encoders may differ in a few bits. What can be asked about the media is plain:
+colours, counts, words, numbers, and what happens when. Of those called world it is known in full: they are samples of
+`benchmarks/world`, whose dialogues come with them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from world.sample import Sample
+from world.splits import TEST, make
+from world.video import write_h264
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -27,6 +35,15 @@ SCALE = 3  # drawn larger and reduced, for smooth edges
 WHITE, INK, GREY = (255, 255, 255), (34, 38, 46), (120, 126, 138)
 RED, GREEN, BLUE = (214, 48, 49), (39, 158, 84), (36, 92, 200)
 YELLOW, ORANGE, PURPLE = (246, 200, 40), (240, 138, 36), (126, 72, 176)
+
+# Of the world: a kind's number within the seeds that nothing is trained on, and its options.
+WORLD: dict[str, tuple[int, dict[str, Any]]] = {
+    "clip": (444, {"frames": 16}),
+    "scene": (846, {"width": 128, "height": 128}),
+    "page": (44, {"width": 128, "height": 128}),
+}
+WORLD_FPS = 4
+WORLD_SCALE = 4  # of the clip: a person sees more, and more of the colours survives the encoder
 
 
 class Canvas:
@@ -272,6 +289,15 @@ def chart_picture() -> Image.Image:
     return canvas.picture()
 
 
+# ---- the world
+
+
+def world_sample(kind: str) -> Sample:
+    """The bundled scene, page or clip, with what is true of it."""
+    number, options = WORLD[kind]
+    return make(kind, TEST[number], **options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the bundled clips and pictures.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that gets clips/ and images/")
@@ -284,6 +310,9 @@ def main() -> None:
     for name, picture in (("shapes", shapes_picture()), ("page", page_picture()), ("chart", chart_picture())):
         picture.quantize(128, dither=Image.Dither.NONE).save(images / f"{name}.png", optimize=True)
     badge_picture().save(images / "badge.jpg", quality=90)
+    write_h264(world_sample("clip").rgb, clips / "world.mp4", fps=WORLD_FPS, scale=WORLD_SCALE, crf=18)
+    for kind in ("scene", "page"):
+        Image.fromarray(world_sample(kind).rgb[0]).save(images / f"world-{kind}.png", optimize=True)
 
 
 if __name__ == "__main__":

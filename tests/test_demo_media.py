@@ -1,0 +1,59 @@
+"""The bundled media of the drawn world: what their seeds say, and what `make demo` asks about them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_BYTES = 100_000
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_media", ROOT / "assets" / "make_media.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["scene", "page"])
+def test_a_picture_has_the_pixels_of_its_seed(kind: str, script: Any) -> None:
+    path = ROOT / "assets" / "images" / f"world-{kind}.png"
+    assert path.stat().st_size < MAX_BYTES
+    assert np.array_equal(np.asarray(Image.open(path)), script.world_sample(kind).rgb[0])
+
+
+def test_the_clip_shows_its_seed_slowly_enough_to_watch(script: Any) -> None:
+    from world.video import psnr  # the script has put the benchmarks where they are found
+
+    from sparsevila import Video
+    from sparsevila.engine.media import load_media
+
+    path = ROOT / "assets" / "clips" / "world.mp4"
+    assert path.stat().st_size < MAX_BYTES
+    frames = load_media(Video(path), default_frames=32)
+    scale = script.WORLD_SCALE
+    drawn = script.world_sample("clip").rgb.repeat(scale, axis=1).repeat(scale, axis=2)
+    assert frames.duration_s == pytest.approx(len(drawn) / script.WORLD_FPS)
+    assert frames.rgb.shape == drawn.shape
+    assert [index for index, (a, b) in enumerate(zip(frames.rgb, drawn, strict=True)) if psnr(a, b) < 36] == []
+    assert psnr(frames.rgb[1:], drawn[:-1]) < 30  # a frame out of order would be seen
+
+
+def test_make_demo_asks_what_has_an_answer(script: Any) -> None:
+    """In the words of the world and in the order of the dialogue, where no answer follows from the turns before."""
+    asked = re.findall(r'--prompt "([^"]+)"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    known = [turn.question for turn in script.world_sample("clip").dialogue]
+    places = [known.index(question) for question in asked]
+    assert len(places) >= 2
+    assert places == sorted(set(places))
