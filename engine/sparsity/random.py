@@ -23,8 +23,8 @@ class RandomTokens(SparseVILA):
     """Uniform sets that depend on `seed` and on the content alone, so that a turn can be repeated.
 
     Prefill is seeded by the encoder's features: one media item always loses the same tokens. A turn is seeded by its
-    question's scores: each question reads other tokens, each layer its own. Features that differ in their last bit, from
-    another dtype or machine, give other sets.
+    question's scores: each question reads other tokens, each layer its own. Features that differ in their last bit,
+    as from another dtype or machine, give other sets.
     """
 
     seed: int = 0
