@@ -16,8 +16,9 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe
 from random_checkpoint import train_tokenizer
 from world.batches import IGNORED, LATE, BatchMaker, Dialogues, Tiles
+from world.crew import Crew, run_crew
 from world.labels import CLASSES
 from world.splits import KINDS, TRAIN, VALIDATION, make, world_vocabulary
 from world.student import NUM_PIECES, SHAPES, build, decode, decoder_layer, embed_visual, export, tower_hidden
@@ -40,6 +42,7 @@ from sparsevila.models.checkpoint import Checkpoint
 CELLS = 17  # classes of a row's or a column's number, 0 for none
 BACKGROUND_WEIGHT = 0.1  # most patches are empty, and that is quickly learnt
 EVALUATION_SIZE = 16
+MAX_PARAMETERS = 32_000_000  # of a stage; bounds the memory that processes share
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class Recipe:
     vision_batch: int = 96
     vision_muon: float = 0.02
     vision_adam: float = 2e-3
-    language_steps: int = 8000
+    language_steps: int = 4000
     language_batches: int = 2  # of one layout each, for one step
     language_batch: int = 16
-    language_early: int = 2000  # steps with small layouts, at the beginning
+    language_early: int = 1200  # steps with small layouts, at the beginning
     language_muon: float = 0.005
     language_adam: float = 2e-3
     language_decay: float = 0.3  # the last part of the steps, in which the rate falls; the tower's falls all the time
@@ -148,7 +151,7 @@ def _goes_on(old: Recipe, new: Recipe, stage: str, step: int) -> bool:
 class _Numbered(Dataset[Any]):
     """Batch number i of a maker; a worker makes whole batches."""
 
-    def __init__(self, make_batch: Callable[[int, int], Any], size: int, numbers: range) -> None:
+    def __init__(self, make_batch: Callable[[int, int], Any], size: int, numbers: Sequence[int]) -> None:
         self.make_batch, self.size, self.numbers = make_batch, size, numbers
 
     def __len__(self) -> int:
@@ -158,18 +161,32 @@ class _Numbered(Dataset[Any]):
         return self.make_batch(self.numbers[i], self.size)
 
 
-def stream(make_batch: Callable[[int, int], Any], size: int, numbers: range, workers: int) -> Iterator[Any]:
+def stream(make_batch: Callable[[int, int], Any], size: int, numbers: Sequence[int], workers: int) -> Iterator[Any]:
     """The batches `numbers` in order, made by worker processes."""
     data = _Numbered(make_batch, size, numbers)
-    return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+    if not workers:
+        return iter(DataLoader(data, batch_size=None))
+    # A fork takes the model along, whose tower the worker runs.
+    return iter(
+        DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4, multiprocessing_context="fork")
+    )
 
 
 class Trainer:
     """Model, optimisers, log and state of one run."""
 
     def __init__(
-        self, run: Path, recipe: Recipe, *, device: torch.device, workers: int, minutes: float, compiled: bool = False
+        self,
+        run: Path,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        workers: int,
+        minutes: float,
+        compiled: bool = False,
+        crew: Crew | None = None,
     ) -> None:
+        self.crew = crew or Crew()
         self.run, self.recipe, self.device, self.workers = run, recipe, device, workers
         self.tower_hidden, self.decoder_layer = tower_hidden, decoder_layer
         if compiled:  # once per layout
@@ -178,11 +195,13 @@ class Trainer:
             self.decoder_layer = torch.compile(decoder_layer, dynamic=False)
         self.deadline = time.monotonic() + 60 * minutes
         run.mkdir(parents=True, exist_ok=True)
+        folder = run if self.crew.leads else run / f"process{self.crew.rank}"  # each writes documents of its own
+        folder.mkdir(exist_ok=True)
         tokenizer = run / "tokenizer.model"
         pieces = tokenizer.read_bytes() if tokenizer.exists() else make_tokenizer()
-        self.model = build(SHAPES[recipe.size], run, pieces, seed=recipe.seed).to(device)
-        self.tokenizer = load_tokenizer(Checkpoint(run))  # there are no weights yet to open
-        on_cpu = build(SHAPES[recipe.size], run, pieces)  # workers preprocess with it; its weights are not used
+        self.model = build(SHAPES[recipe.size], folder, pieces, seed=recipe.seed).to(device)
+        self.tokenizer = load_tokenizer(Checkpoint(folder))  # there are no weights yet to open
+        on_cpu = build(SHAPES[recipe.size], folder, pieces)  # workers preprocess with it; its weights are not used
         self.maker = BatchMaker(on_cpu, self.tokenizer, early=recipe.language_early * recipe.language_batches)
         self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
         self.stage, self.step = "vision", 0
@@ -243,7 +262,8 @@ class Trainer:
                 return False
             self.stage, self.step = "language", 0
             self.optimisers = self._optimisers()
-            self.save()
+            if self.crew.leads:
+                self.save()
         make_batch = self._looked_at if self.device.type == "cpu" else self.maker.dialogues
         return self._loop(
             recipe.language_steps, recipe.language_batches, recipe.language_batch, make_batch, self._language_loss
@@ -260,17 +280,24 @@ class Trainer:
         """`batches` of `size` samples are one step."""
         every, saved = max(1, steps // 100), time.monotonic()
         start, first = time.monotonic(), self.step
-        source = stream(make_batch, size, range(self.step * batches, steps * batches), self.workers)
+        own = self.crew.share(batches)
+        numbers = [step * batches + i for step in range(self.step, steps) for i in own]
+        source = stream(make_batch, size, numbers, self.workers)
         while self.step < steps:
             figures: dict[str, float] = defaultdict(float)
-            for _ in range(batches):
+            for _ in own:
                 loss, of_batch = loss_of(next(source))
                 (loss / batches).backward()
                 for name, value in {"loss": float(loss.detach()), **of_batch}.items():
-                    figures[name] += value / batches
+                    figures[name] += value / len(own)
+            stop = self.crew.sum_gradients(self.optimisers.parameters, stop=time.monotonic() > self.deadline)
             self.optimisers.step(self.step)
             self.step += 1
-            last = self.step == steps or time.monotonic() > self.deadline
+            last = self.step == steps or stop
+            if not self.crew.leads:
+                if last:
+                    return self.step == steps
+                continue
             if self.step % every == 0 or last:
                 rate = (self.step - first) * batches * size / (time.monotonic() - start)
                 self.log(per_s=round(rate, 1), **{k: round(v, 4) for k, v in figures.items()})
@@ -369,7 +396,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model from scratch.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, documents")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop cleanly after this time")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--processes", type=int, default=1, help="that train together, up to one per batch of a step")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw, for each of these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
@@ -378,25 +406,31 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="folder that gets the checkpoint when the training is done")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    args = vars(parser.parse_args())
-    if args["threads"]:
-        torch.set_num_threads(args["threads"])
-    recipe = Recipe(**{name: args[name] for name in asdict(Recipe())})
+    args = parser.parse_args()
+    if args.workers < 1 and args.processes > 1:
+        parser.error("--processes: expected at least one worker each")
+    run_crew(args.processes, MAX_PARAMETERS, partial(_train, args))
+
+
+def _train(args: argparse.Namespace, crew: Crew) -> None:
+    """What one process of the crew does."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     trainer = Trainer(
-        args["run"],
-        recipe,
-        device=torch.device(args["device"]),
-        workers=args["workers"],
-        minutes=args["minutes"],
-        compiled=args["compile"],
-    )
+        args.run, recipe, device=torch.device(args.device), workers=args.workers, minutes=args.minutes,
+        compiled=args.compile, crew=crew,
+    )  # fmt: skip
+    if not crew.leads:
+        trainer.train()
+        return
     trainer.log(environment=describe(), recipe=asdict(recipe))
     done = trainer.train()
-    files = export(trainer.model, args["run"])
-    if done and args["export"]:
-        args["export"].mkdir(parents=True, exist_ok=True)
+    files = export(trainer.model, args.run)
+    if done and args.export:
+        args.export.mkdir(parents=True, exist_ok=True)
         for file in files:
-            shutil.copy(file, args["export"])
+            shutil.copy(file, args.export)
     print("done" if done else "out of time: the same command goes on")
 
 
