@@ -12,9 +12,10 @@ from typing import Any
 from accuracy.answering import Conversation
 from environment import ROOT
 
-# What answers depend on, beside the arguments and the checkpoint.
-_SOURCES = ("engine", "kernels", "models", "quant", "benchmarks/world")
-_OWN_SOURCES = ("questions.py", "answering.py")
+# What answers depend on, beside the arguments and the checkpoint: the engine, what is drawn and what is asked.
+_ENGINE = ("engine", "kernels", "models", "quant")
+_WORLD = ("clip", "dialogue", "dice", "drawing", "glyphs", "page", "sample", "scene", "splits", "video", "vocabulary")
+_OWN = ("questions", "answering")
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def checksum_of_checkpoint(folder: Path) -> str:
 
 def checksum_of_sources() -> str:
     """sha256 over the code whose change may change an answer."""
-    files = [path for folder in _SOURCES for path in sorted((ROOT / folder).rglob("*.py"))]
-    files += [Path(__file__).parent / name for name in _OWN_SOURCES]
+    files = [path for folder in _ENGINE for path in sorted((ROOT / folder).rglob("*.py"))]
+    files += [ROOT / "benchmarks" / "world" / f"{name}.py" for name in _WORLD]
+    files += [Path(__file__).parent / f"{name}.py" for name in _OWN]
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
