@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from sparsevila import Engine
+from sparsevila import Engine, SparseVILAError
 from sparsevila.engine.hub import resolve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -215,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = [Setting.parse(text) for text in args.settings]
     except ValueError as error:
         parser.error(f"--settings: {error}")
-    folder = resolve(args.model).path
+    try:
+        folder = resolve(args.model).path
+    except SparseVILAError as error:
+        parser.error(f"--model: {error}")
     loading = Loading(str(folder), args.device, args.dtype, args.threads)
     header = {
         "model": checksum_of_checkpoint(folder),

@@ -220,7 +220,7 @@ def measured(student, tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("measured")
     out = folder / "accuracy.json"
     arguments = ["--model", student, "--out", out, "--questions", 30, "--processes", 2, "--prior-samples", 20]
-    arguments += ["--fresh", 5, "--agreement", 10, "--pictures", "own", "wrong"]
+    arguments += ["--fresh", 5, "--agreement", 10, "--protocols", "single", "--pictures", "own", "wrong"]
     arguments += ["--settings", "dense", "sparsevila:0.6/0.75"]
     command = [sys.executable, ROOT / "benchmarks" / "accuracy" / "run.py", *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
@@ -235,7 +235,7 @@ class TestCommand:
         assert {"commit", "dirty", "command"} <= data["environment"].keys()
         assert len(data["model"]["checksum"]) == 64
         assert sum(row["questions"] for row in data["layouts"]) >= 30
-        assert len(rows_of(data, by="all")) == 2 * 2 + 2
+        assert len(rows_of(data, by="all")) == 2 + 1
         checks = {(c["setting"], c["protocol"], c["picture"]): c for c in data["checks"]}
         for setting in ("dense", "sparsevila:0.6/0.75"):
             check = checks[setting, "single", "own"]
@@ -244,10 +244,8 @@ class TestCommand:
         (agreed,) = [row for row in data["agreement"] if row["by"] == "all"]
         assert agreed["setting"] == "sparsevila:0.6/0.75"
         assert agreed["kl"] > 0
-        assert {(row["setting"], row["protocol"]) for row in data["overlap"]} == {
-            ("sparsevila:0.6/0.75", protocol) for protocol in ("single", "history")
-        }
-        costs = {row["setting"]: row for row in data["costs"] if row["by"] == "all" and row["protocol"] == "single"}
+        assert [row["setting"] for row in data["overlap"]] == ["sparsevila:0.6/0.75"]
+        costs = {row["setting"]: row for row in data["costs"] if row["by"] == "all"}
         ours = costs["sparsevila:0.6/0.75"]
         assert ours["visual_active"] == pytest.approx(0.25 * ours["visual_kept"], rel=0.02)
         assert ours["visual_kept"] == pytest.approx(0.4 * ours["visual_total"], rel=0.02)
@@ -283,7 +281,7 @@ class TestCommand:
         assert capsys.readouterr().out == page
         report_main([str(out), "--out", str(tmp_path / "page.md")])
         assert (tmp_path / "page.md").read_text() == page
-        for text in ("sparsevila:0.6/0.75, history", "best blind guess", "wrong picture", "clip 32", "## Checks"):
+        for text in ("sparsevila:0.6/0.75, single", "best blind guess", "wrong picture", "clip 32", "## Checks"):
             assert text in page
         assert str(out.parent) not in page
         types = {row["group"] for row in rows_of(data, by="type")}
