@@ -206,7 +206,7 @@ class EngineAnswerer:
             same = self._ask_fresh(shown, task, question).token_ids == asked.token_ids
             reply = replace(reply, same_when_fresh=same)
         if extras.agreement and shown.media and task.setting.sparsity.decode > 0:
-            compared = session.agreement(question.text, max_new_tokens=_limit(question))
+            compared = session.agreement(question.text, max_new_tokens=answer_limit(question))
             reply = replace(reply, kl=compared.kl, top1=compared.top1)
         return reply
 
@@ -221,12 +221,13 @@ class _Asked:
     token_ids: tuple[int, ...]
 
 
-def _limit(question: Question) -> int:
+def answer_limit(question: Question) -> int:
+    """New tokens that an answer may have; fixed by the type, never by the true answer."""
     return MAX_NEW_TOKENS_LONG if question.is_long else MAX_NEW_TOKENS
 
 
 def _ask(session: Session, question: Question, *, remember: bool) -> _Asked:
-    params = SamplingParams(max_new_tokens=_limit(question))
+    params = SamplingParams(max_new_tokens=answer_limit(question))
     result = session.ask(question.text, params=params, remember=remember)
     stats = result.stats
     reply = Reply(
