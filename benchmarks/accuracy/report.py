@@ -289,7 +289,12 @@ def _checks(data: Row) -> str:
         cut = next(r["cut"] for r in data["rows"] if _name(r) == _name(row) and r["by"] == "all")
         rows.append((_name(row), same, redone, str(cut)))
     head = ("setting", "same tokens in a fresh session", "later questions that redid media", "answers cut by the limit")
-    return f"## Checks\n\n{table(head, rows)}"
+    note = (
+        "A method that prunes without the question must answer a dialogue under partial eviction (each question and "
+        "answer forgotten, the visual cache kept) with the tokens of a fresh session for each question. So *single* "
+        "is asked in one session per sample, and its dialogue is the figure for partial eviction."
+    )
+    return f"## Checks\n\n{note}\n\n{table(head, rows)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -193,6 +193,24 @@ def shown_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+def to_json(data: dict[str, Any]) -> str:
+    """JSON with a line for each row of a list; numbers to six digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.6g}")
+        if isinstance(value, dict):
+            return {name: short(one) for name, one in value.items()}
+        return [short(one) for one in value] if isinstance(value, list | tuple) else value
+
+    def entry(name: str, value: Any) -> str:
+        if isinstance(value, list) and value:
+            return f'"{name}": [\n  ' + ",\n  ".join(json.dumps(short(row)) for row in value) + "\n ]"
+        return f'"{name}": {json.dumps(short(value))}'
+
+    return "{\n " + ",\n ".join(entry(name, value) for name, value in data.items()) + "\n}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="folder, alias or hf:USER/REPO")
@@ -257,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "layouts": describe_layouts(items),
         **summarise(items, tasks, work.results(), learn_guesser(items, args.prior_samples)),
     }
-    args.out.write_text(json.dumps(data, indent=1) + "\n")
+    args.out.write_text(to_json(data))
     print(f"{args.out}: {len(data['rows'])} rows")
 
 

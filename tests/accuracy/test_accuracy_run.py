@@ -12,7 +12,7 @@ from accuracy.answering import Conversation, Extras, Reply, Setting, Task, asked
 from accuracy.questions import Item, Question, count, draw
 from accuracy.report import main as report_main
 from accuracy.report import render
-from accuracy.run import answer_all, do, plan_jobs, plan_tasks, shown_name
+from accuracy.run import answer_all, do, plan_jobs, plan_tasks, shown_name, to_json
 from accuracy.scoring import Guesser, learn_guesser
 from accuracy.summary import summarise
 from accuracy.workfile import Result, WorkFile, checksum_of_checkpoint
@@ -207,6 +207,15 @@ def test_checksums_tell_checkpoints_apart(tmp_path):
         (tmp_path / name / "NOTE.md").write_text(name)
     a, b, c = (checksum_of_checkpoint(tmp_path / name) for name in "abc")
     assert a == b != c
+
+
+def test_the_file_is_json_with_a_line_per_row():
+    data = {"rows": [{"a": 1 / 3, "b": [2e-9, None]}, {"a": 1, "b": []}], "none": [], "deep": {"x": {"y": (1, 0.5)}}}
+    text = to_json(data)
+    assert json.loads(text) == {
+        "rows": [{"a": 0.333333, "b": [2e-9, None]}, {"a": 1, "b": []}], "none": [], "deep": {"x": {"y": [1, 0.5]}}
+    }  # fmt: skip
+    assert text.count("\n") == 8
 
 
 def test_names_hold_no_folders_of_this_machine():
