@@ -211,7 +211,8 @@ def to_json(data: dict[str, Any]) -> str:
     return "{\n " + ",\n ".join(entry(name, value) for name, value in data.items()) + "\n}\n"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting], Path]:
+    """The arguments, the settings among them and the folder of the checkpoint; each setting once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="folder, alias or hf:USER/REPO")
     parser.add_argument("--out", type=Path, required=True, help="JSON; results so far lie beside it as .work.jsonl")
@@ -237,6 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = resolve(args.model).path
     except SparseVILAError as error:
         parser.error(f"--model: {error}")
+    return args, list(dict.fromkeys(settings)), folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, settings, folder = parse_arguments(argv)
     loading = Loading(str(folder), args.device, args.dtype, args.threads)
     header = {
         "model": checksum_of_checkpoint(folder),
