@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGES = ("vision", "language")
+EVALUATIONS = ("exact", "wrong_picture")
 BESIDE_LABELS = ("stage", "step", "loss", "per_s", "token_accuracy")
 WIDTH, DPI = 9.0, 180  # inches, dots per inch: twice the width of a README, for sharp screens
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that is lost on white.
@@ -59,7 +60,7 @@ def read_log(path: Path) -> Log:
     """Raises ValueError for a line of no stage or without a recipe before it. A last line that is still being written
     is left out."""
     recipe: dict[str, Any] = {}
-    found: dict[tuple[str, bool], dict[int, Point]] = {(stage, e): {} for stage in STAGES for e in (False, True)}
+    found: dict[str, dict[int, Point]] = {name: {} for name in (*STAGES, *EVALUATIONS)}
     for number, text in enumerate(path.read_text().splitlines(keepends=True), 1):
         if not text.endswith("\n"):
             continue
@@ -71,15 +72,12 @@ def read_log(path: Path) -> Log:
         if stage not in STAGES or f"{stage}_batch" not in recipe:
             raise ValueError(f"{path}:{number}: expected one of {STAGES} behind a recipe, got stage {stage!r}")
         samples = recipe[f"{stage}_batch"] * recipe.get(f"{stage}_batches", 1)
-        found[stage, "exact" in line][line["step"]] = Point(line["step"] * samples, line)
-    ordered = {key: [points[step] for step in sorted(points)] for key, points in found.items()}
-    evaluations = ordered["language", True]
-    return Log(
-        ordered["vision", False],
-        ordered["language", False],
-        [Point(point.seen, point.figures["exact"]) for point in evaluations],
-        [Point(point.seen, point.figures["wrong_picture"]) for point in evaluations],
-    )
+        seen, evaluations = line["step"] * samples, [name for name in EVALUATIONS if name in line]
+        for name in evaluations:
+            found[name][line["step"]] = Point(seen, line[name])
+        if not evaluations:
+            found[stage][line["step"]] = Point(seen, line)
+    return Log(**{name: [points[step] for step in sorted(points)] for name, points in found.items()})
 
 
 def curves(points: Sequence[Point], names: Iterable[str]) -> dict[str, Curve]:

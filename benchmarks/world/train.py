@@ -41,7 +41,8 @@ from sparsevila.models.checkpoint import Checkpoint
 
 CELLS = 17  # classes of a row's or a column's number, 0 for none
 BACKGROUND_WEIGHT = 0.1  # most patches are empty, and that is quickly learnt
-EVALUATION_SIZE = 16
+EVALUATIONS = 5
+EVALUATION_SIZE = 16  # samples of each layout
 MAX_PARAMETERS = 32_000_000  # of a stage; bounds the memory that processes share
 
 
@@ -294,6 +295,8 @@ class Trainer:
             self.optimisers.step(self.step)
             self.step += 1
             last = self.step == steps or stop
+            if self.stage == "language" and (self.step % max(1, steps // EVALUATIONS) == 0 or last):
+                self._log_evaluations()
             if not self.crew.leads:
                 if last:
                     return self.step == steps
@@ -301,8 +304,6 @@ class Trainer:
             if self.step % every == 0 or last:
                 rate = (self.step - first) * batches * size / (time.monotonic() - start)
                 self.log(per_s=round(rate, 1), **{k: round(v, 4) for k, v in figures.items()})
-            if self.stage == "language" and (self.step % (every * 10) == 0 or last):
-                self.log(exact=self.evaluate(), wrong_picture=self.evaluate(wrong=True))
             if last or time.monotonic() - saved > 120:
                 self.save()
                 saved = time.monotonic()
@@ -343,6 +344,11 @@ class Trainer:
         logits, targets = self._logits(_moved(batch, self.device))
         accuracy = float((logits.argmax(-1) == targets).float().mean())
         return F.cross_entropy(logits, targets), {"token_accuracy": accuracy}
+
+    def _log_evaluations(self) -> None:
+        """One line each; with two processes, each makes one of them."""
+        for i in self.crew.share(2):
+            self.log(**{("exact", "wrong_picture")[i]: self.evaluate(wrong=i == 1)})
 
     @torch.no_grad()
     def evaluate(self, *, wrong: bool = False) -> dict[str, float]:
