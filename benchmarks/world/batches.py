@@ -73,11 +73,14 @@ class Dialogues:
 class BatchMaker:
     """Makes batch number n. Holds what it needs of the model (preprocessing) and its tokenizer, no weights."""
 
-    def __init__(self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN, early: int = 0) -> None:
+    def __init__(
+        self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN, early: int = 0, together: int = 1
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.seeds = seeds
         self.early = early  # language batches of small layouts, at the beginning
+        self.together = together  # batches of one layout that follow each other: processes that wait for each other
 
     def _seeds(self, number: int, size: int) -> range:
         first = number * size % (len(self.seeds) - size)
@@ -107,7 +110,9 @@ class BatchMaker:
     def layout(self, number: int) -> tuple[str, dict[str, int]]:
         """Kind and options of batch `number`."""
         mix = EARLY if number < self.early else LATE
-        kind, options, _ = random.Random(number).choices(mix, weights=[share for _, _, share in mix])[0]
+        kind, options, _ = random.Random(number // self.together).choices(mix, weights=[share for _, _, share in mix])[
+            0
+        ]
         return kind, options
 
     def dialogues(self, number: int, size: int, *, layout: tuple[str, dict[str, int]] | None = None) -> Dialogues:

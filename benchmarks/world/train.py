@@ -56,7 +56,7 @@ class Recipe:
     vision_muon: float = 0.02
     vision_adam: float = 2e-3
     language_steps: int = 4000
-    language_batches: int = 2  # of one layout each, for one step
+    language_batches: int = 2  # for one step, of one layout
     language_batch: int = 16
     language_early: int = 1200  # steps with small layouts, at the beginning
     language_muon: float = 0.005
@@ -203,7 +203,8 @@ class Trainer:
         self.model = build(SHAPES[recipe.size], folder, pieces, seed=recipe.seed).to(device)
         self.tokenizer = load_tokenizer(Checkpoint(folder))  # there are no weights yet to open
         on_cpu = build(SHAPES[recipe.size], folder, pieces)  # workers preprocess with it; its weights are not used
-        self.maker = BatchMaker(on_cpu, self.tokenizer, early=recipe.language_early * recipe.language_batches)
+        together = recipe.language_batches
+        self.maker = BatchMaker(on_cpu, self.tokenizer, early=recipe.language_early * together, together=together)
         self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
         self.stage, self.step = "vision", 0
         self.heads = Heads(self.model.config.vision.hidden_size, self.maker.tiles(0, 6)).to(device)
