@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,30 +21,30 @@ from sparsevila.models.llava_next import LlavaNext
 
 IGNORED = -100
 TEXT_TOKENS = 224  # about a sample; what does not fit is left out, the rest is padding
+LENGTH_POWER = -0.5  # an answer of n tokens weighs sqrt(n): else lists would drown all else
 FURTHER_TALKS = 3  # beside a sample's own, because the picture's tokens cost more than what is said about them
 
 # Kind, options, and its share of the language batches. One batch has one layout of tokens.
 Mix = tuple[tuple[str, dict[str, int], int], ...]
 EARLY: Mix = (  # few tokens: what a token means is learnt here, at a third of the price
-    ("scene", {"width": 64, "height": 64}, 10),
-    ("scene", {"width": 128, "height": 64}, 15),
-    ("scene", {"width": 64, "height": 128}, 15),
-    ("page", {"width": 128, "height": 64}, 20),
-    ("clip", {"frames": 4}, 5),
-    ("clip", {"frames": 8}, 35),
+    ("scene", {"width": 64, "height": 64}, 40),
+    ("page", {"width": 64, "height": 64}, 25),
+    ("clip", {"frames": 4}, 10),
+    ("clip", {"frames": 8}, 25),
 )
 LATE: Mix = (
-    ("scene", {"width": 64, "height": 64}, 2),
-    ("scene", {"width": 128, "height": 64}, 4),
-    ("scene", {"width": 64, "height": 128}, 4),
-    ("scene", {"width": 128, "height": 128}, 18),
-    ("scene", {"width": 192, "height": 128}, 5),
+    ("scene", {"width": 64, "height": 64}, 8),
+    ("scene", {"width": 128, "height": 64}, 6),
+    ("scene", {"width": 64, "height": 128}, 6),
+    ("scene", {"width": 128, "height": 128}, 13),
+    ("scene", {"width": 192, "height": 128}, 3),
+    ("page", {"width": 64, "height": 64}, 6),
     ("page", {"width": 128, "height": 64}, 6),
-    ("page", {"width": 128, "height": 128}, 18),
-    ("page", {"width": 128, "height": 192}, 5),
-    ("clip", {"frames": 8}, 14),
-    ("clip", {"frames": 16}, 18),
-    ("clip", {"frames": 32}, 6),
+    ("page", {"width": 128, "height": 128}, 14),
+    ("page", {"width": 128, "height": 192}, 3),
+    ("clip", {"frames": 8}, 15),
+    ("clip", {"frames": 16}, 15),
+    ("clip", {"frames": 32}, 5),
 )
 
 
@@ -67,6 +67,7 @@ class Dialogues:
     rows: Rows
     targets: Tensor  # (B, T) int64: the token that each row must say next, IGNORED where nothing is asked
     turns: Tensor  # (B, T) int64: the number of the turn a target belongs to
+    weights: Tensor  # (B, T) float32: of each target in the loss, by the length of its answer
     types: tuple[tuple[str, ...], ...]  # per sample, of its turns
 
 
@@ -139,7 +140,10 @@ class BatchMaker:
             table(IGNORED, [t.targets for t in talks]),
             table(-1, [t.turns for t in talks]),
         )
+        weights = torch.zeros(size, total)
+        weights[:, prefix:] = torch.tensor([[*talk.weights, *[0.0] * (length - len(talk.weights))] for talk in talks])
         return Dialogues(
+            weights=weights,
             pixels=torch.stack([x.pixels for x in inputs]),
             token_map=first.token_map,
             sources=None if first.kind == "video" else self.model.token_sources(first.layout),
@@ -163,7 +167,7 @@ class BatchMaker:
             turns = [qa for talk in talks for qa in talk]
             dice.shuffle(turns)
             talks = [(qa,) for qa in (dice.choice(sample.alone), *_by_turns(turns))]
-        talk = _Talk([], [], [], [], [], ())
+        talk = _Talk([], [], [], [], [], [], ())
         types: list[str] = []
         for segment, conversation in enumerate(talks, 1):
             position = prefix
@@ -176,12 +180,13 @@ class BatchMaker:
                 # The row before an answer's token says it; the last row of the answer says the end.
                 end = self.tokenizer.special_id("</s>")
                 talk.targets.extend([*[IGNORED] * (len(question) - 1), *answer, end])
+                talk.weights.extend([(len(answer) + 1) ** LENGTH_POWER] * len(ids))
                 talk.turns.extend([len(types)] * len(ids))
                 talk.positions.extend(range(position, position + len(ids)))
                 talk.segments.extend([segment] * len(ids))
                 position += len(ids)
                 types.append(qa.type)
-        return _Talk(talk.ids, talk.targets, talk.turns, talk.positions, talk.segments, tuple(types))
+        return replace(talk, types=tuple(types))
 
     def _ids(self, qa: QA, *, opens: bool) -> tuple[tuple[int, ...], list[int]]:
         """Question and answer as the engine will tokenise them; `opens` right behind the picture."""
@@ -208,6 +213,7 @@ class _Talk:
 
     ids: list[int]
     targets: list[int]
+    weights: list[float]
     turns: list[int]
     positions: list[int]
     segments: list[int]

@@ -40,7 +40,7 @@ _SMALL = Shape(
     text_ffn=512,
     text_layers=6,
     text_heads=3,
-    text_kv_heads=1,
+    text_kv_heads=3,  # with a single one, what is where is learnt several times more slowly
     head_dim=64,
     vocab_size=NUM_PIECES + 64,
     num_pieces=NUM_PIECES,
@@ -85,6 +85,8 @@ def _initialise(name: str, parameter: nn.Parameter) -> None:
             parameter.fill_(1)
         elif name.endswith("bias"):
             parameter.zero_()
+        elif "embed_tokens" in name:
+            parameter.normal_(std=0.5)  # of the size of the projected patches and of what the layers add
         elif "embed" in name or parameter.ndim == 1:
             parameter.normal_(std=0.02)
         else:

@@ -38,10 +38,11 @@ from world.student import NUM_PIECES, SHAPES, build, decode, decoder_layer, embe
 
 from sparsevila.engine.tokenizer import load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
+from sparsevila.models.registry import load_model
 
 CELLS = 17  # classes of a row's or a column's number, 0 for none
 BACKGROUND_WEIGHT = 0.1  # most patches are empty, and that is quickly learnt
-EVALUATIONS = 5
+EVALUATIONS = 6
 EVALUATION_SIZE = 16  # samples of each layout
 MAX_PARAMETERS = 32_000_000  # of a stage; bounds the memory that processes share
 
@@ -55,10 +56,10 @@ class Recipe:
     vision_batch: int = 96
     vision_muon: float = 0.02
     vision_adam: float = 2e-3
-    language_steps: int = 4000
+    language_steps: int = 3600
     language_batches: int = 2  # for one step, of one layout
     language_batch: int = 16
-    language_early: int = 1200  # steps with small layouts, at the beginning
+    language_early: int = 900  # steps with small layouts, at the beginning
     language_muon: float = 0.005
     language_adam: float = 2e-3
     language_decay: float = 0.3  # the last part of the steps, in which the rate falls; the tower's falls all the time
@@ -186,6 +187,7 @@ class Trainer:
         minutes: float,
         compiled: bool = False,
         crew: Crew | None = None,
+        start: Path | None = None,
     ) -> None:
         self.crew = crew or Crew()
         self.run, self.recipe, self.device, self.workers = run, recipe, device, workers
@@ -198,7 +200,7 @@ class Trainer:
         run.mkdir(parents=True, exist_ok=True)
         folder = run if self.crew.leads else run / f"process{self.crew.rank}"  # each writes documents of its own
         folder.mkdir(exist_ok=True)
-        tokenizer = run / "tokenizer.model"
+        tokenizer = (start or run) / "tokenizer.model"
         pieces = tokenizer.read_bytes() if tokenizer.exists() else make_tokenizer()
         self.model = build(SHAPES[recipe.size], folder, pieces, seed=recipe.seed).to(device)
         self.tokenizer = load_tokenizer(Checkpoint(folder))  # there are no weights yet to open
@@ -208,6 +210,8 @@ class Trainer:
         self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
         self.stage, self.step = "vision", 0
         self.heads = Heads(self.model.config.vision.hidden_size, self.maker.tiles(0, 6)).to(device)
+        if start and not (run / "state.pt").exists():
+            self._begin_with(start)
         self.optimisers = self._optimisers()
         if (run / "state.pt").exists():
             self._load()
@@ -236,6 +240,13 @@ class Trainer:
         }  # fmt: skip
         torch.save(state, self.run / "state.new")
         (self.run / "state.new").replace(self.run / "state.pt")
+
+    def _begin_with(self, folder: Path) -> None:
+        """The second stage, from an exported checkpoint; fresh optimisers."""
+        model = load_model(Checkpoint.open(folder), dtype=torch.float32, device=self.device)
+        assert isinstance(model, nn.Module)
+        self.model.load_state_dict(model.state_dict())
+        self.stage = "language"
 
     def _load(self) -> None:
         state = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
@@ -342,9 +353,12 @@ class Trainer:
             return self.model.decoder.logits(rows), targets[targets != IGNORED]
 
     def _language_loss(self, batch: Dialogues) -> tuple[Tensor, dict[str, float]]:
-        logits, targets = self._logits(_moved(batch, self.device))
+        batch = _moved(batch, self.device)
+        logits, targets = self._logits(batch)
+        weights = batch.weights[batch.targets != IGNORED]
         accuracy = float((logits.argmax(-1) == targets).float().mean())
-        return F.cross_entropy(logits, targets), {"token_accuracy": accuracy}
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        return loss, {"token_accuracy": accuracy}
 
     def _log_evaluations(self) -> None:
         """One line each; with two processes, each makes one of them."""
@@ -410,6 +424,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="fuse with torch.compile: half the time, needs a C++ compiler"
     )
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from with the second stage, in a new run")
     parser.add_argument("--export", type=Path, help="folder that gets the checkpoint when the training is done")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -426,7 +441,7 @@ def _train(args: argparse.Namespace, crew: Crew) -> None:
     recipe = Recipe(**{name: getattr(args, name) for name in asdict(Recipe())})
     trainer = Trainer(
         args.run, recipe, device=torch.device(args.device), workers=args.workers, minutes=args.minutes,
-        compiled=args.compile, crew=crew,
+        compiled=args.compile, crew=crew, start=args.start,
     )  # fmt: skip
     if not crew.leads:
         trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from world.batches import IGNORED, BatchMaker
 from world.student import SHAPES, build, decode, embed_visual, export, tower_hidden
-from world.train import make_tokenizer
+from world.train import Recipe, Trainer, make_tokenizer
 
 from sparsevila.engine.engine import Engine
 from sparsevila.engine.runner import TextSpan, VisualSpan
@@ -124,3 +125,62 @@ def _inputs(maker: BatchMaker, layout: tuple[str, dict[str, int]], number: int, 
     kind, options = layout
     seed = maker._seeds(number, 2)[sample]
     return maker.model.preprocess(_frames(make(kind, seed, **options)))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe of seconds, and an evaluation of one layout."""
+    monkeypatch.setattr("world.train.LATE", [(*LAYOUTS[0], 1)])
+    monkeypatch.setattr("world.train.EVALUATION_SIZE", 2)
+    return Recipe(vision_steps=2, vision_batch=6, language_steps=4, language_batch=2, language_early=2, warmup=2)
+
+
+def trainer(run: Path, recipe: Recipe, **options: Any) -> Trainer:
+    return Trainer(run, recipe, device=torch.device("cpu"), workers=0, **{"minutes": 60.0, **options})
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "state.pt", weights_only=True)["model"]
+
+
+def test_a_run_cut_into_pieces_ends_with_the_same_bits(tmp_path: Path, quick: Recipe) -> None:
+    assert trainer(tmp_path / "whole", quick).train()
+    pieces = 0
+    while not trainer(tmp_path / "cut", quick, minutes=0.0).train():
+        pieces += 1
+    assert pieces >= 4  # it stops after every step
+    whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    fresh = build(SHAPES["small"], tmp_path, (tmp_path / "cut" / "tokenizer.model").read_bytes()).state_dict()
+    same = [name for name in whole if torch.equal(whole[name], fresh[name])]
+    assert same == []  # every parameter was trained
+
+
+def test_a_run_is_not_continued_by_another_recipe(tmp_path: Path, quick: Recipe) -> None:
+    trainer(tmp_path, quick, minutes=0.0).train()
+    trainer(tmp_path, replace(quick, language_steps=6))  # no step of this kind was made yet
+    with pytest.raises(SystemExit, match="another recipe"):
+        trainer(tmp_path, replace(quick, vision_adam=1e-3))
+
+
+def test_a_run_may_begin_with_an_exported_checkpoint(tmp_path: Path, quick: Recipe, student: Any) -> None:
+    model, _, folder = student
+    begun = trainer(tmp_path, quick, start=folder)
+    assert begun.stage == "language"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(begun.model.get_parameter(name), parameter), name
+    tower = model.vision_tower.state_dict()
+    assert begun.train()
+    trained = {name.removeprefix("vision_tower."): t for name, t in state_of(tmp_path).items()}
+    assert all(torch.equal(trained[name], tower[name]) for name in tower)  # frozen
+
+
+def test_no_answer_weighs_more_than_the_root_of_its_length(student: Any) -> None:
+    _, maker, _ = student
+    batch = maker.dialogues(0, 4, layout=LAYOUTS[1])
+    said = batch.targets != IGNORED
+    assert (batch.weights[said] > 0).all()
+    for targets, turns, weights, types in zip(batch.targets, batch.turns, batch.weights, batch.types, strict=True):
+        for turn in range(len(types)):
+            of_answer = weights[(turns == turn) & (targets != IGNORED)]
+            assert float(of_answer.sum()) == pytest.approx(len(of_answer) ** 0.5, rel=1e-5)
