@@ -1,7 +1,7 @@
 """What a quantised weight is, apart from any file format and any kernel's layout.
 
     int4:  w[n, k] = scale[n, k // g] * (code[n, k] - zero[n, k // g])      codes and zeros 0..15
-    int8:  w[n, k] = scale[n] * code[n, k]                                  codes -127..127
+    int8:  w[n, k] = scale[n] * code[n, k]                                  codes -128..127
 
 Files are read into these values and written from them (`formats.py`); layers turn them once into what their op wants
 (`linear.py`). Source of the schemes: AWQ, arXiv 2306.00978; SmoothQuant, arXiv 2211.10438. Sizes: N output features,
@@ -20,7 +20,7 @@ from torch import Tensor
 class Int4Weight:
     """A matrix of 4-bit codes with a scale and a zero point for each group of a row."""
 
-    codes: Tensor  # (N, ceil(K / 2)) uint8: the low nibble is the even k, the high nibble the odd one
+    codes: Tensor  # (N, ceil(K / 2)) uint8: the low nibble is the even k, the high one the odd k, 0 past the end
     scales: Tensor  # (N, G) float16, bfloat16 or float32
     zeros: Tensor  # (N, G) uint8; 8 everywhere in a symmetric scheme
     in_features: int

@@ -16,7 +16,8 @@ has a virtual environment of its own (Python 3.11, no GPU, below a minute of wor
 Nothing of `sparsevila` is imported: what the tools say is compared with what we compute, not made from it. Beside the
 checkpoints stand the tools' own answers: `dequantised.safetensors` (matrices as the tool sees them, the layer's name
 as key), `forward.safetensors` (inputs and outputs of a layer), `packers.safetensors` (random integers and what the
-packer made of them). `versions.json` in each folder names the versions.
+packer made of them), `targets.json` (which entry of a config decides about a layer). `versions.json` in each folder
+names the versions.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ CALIBRATION_LEN = 48
 AWQ_SHAPES = (  # N, K, group size; the packers drop what is over a multiple of 32
     (64, 256, 32), (96, 128, 64), (32, 384, 128), (128, 128, 64), (32, 64, 32), (32, 640, 64),
 )  # fmt: skip
+LAYER_NAMES = (
+    "language_model.model.layers.0.self_attn.q_proj", "language_model.model.layers.11.mlp.down_proj",
+    "model.layers.1.self_attn.o_proj", "vision_tower.encoder.layers.3.mlp.fc1", "lm_head", "language_model.lm_head",
+    "model.visual.blocks.7.attn.qkv", "visual.merger.mlp.0", "multi_modal_projector.linear_1",
+)  # fmt: skip
+TARGETS_AND_IGNORED: tuple[tuple[list[str], list[str]], ...] = (
+    (["Linear"], []),
+    (["Linear"], ["lm_head", "re:.*vision_tower.*"]),
+    (["Linear"], ["re:vision_tower", "re:.*lm_head", "re:visual.*"]),
+    (["Linear", "lm_head", "re:.*mlp.*", "re:.*down_proj$"], ["re:.*multi_modal_projector.*"]),
+    (["re:.*layers\\.[0-9]\\..*", "re:.*layers[.]\\d+[.]mlp.*"], []),
+    (
+        [
+            "re:.*(q|k|v|o)_proj$",
+            "re:^(model\\.)?visual\\.blocks\\.\\d+\\.(attn|mlp)",
+            "model.layers.1.self_attn.o_proj",
+        ],
+        [],
+    ),
+    (["re:.*self_attn.*", "Linear"], ["Linear"]),
+    (["re:.*[^.]+_proj", "re:lm_hea.?$", "re:language_model.lm_head$|visual"], ["model"]),
+)
 COMPRESSED_SHAPES = (  # N, K, group size; the last is K for a scale per row
     (16, 64, 32), (13, 60, 20), (269, 90, 30), (7, 37, 37), (1, 9, 9), (9, 128, 128),
 )  # fmt: skip
@@ -140,7 +163,7 @@ def quantise_by_awq(folder: Path, kind: str, model: Any, wrap: Any, group_size: 
     forward, dequantised = {}, {}
     for name, layer in awq_layers(whole.model):
         x = torch.randn(3, layer.in_features, generator=rng).half()
-        forward[f"{name}.x"], forward[f"{name}.y"] = x, layer(x)[0].contiguous()
+        forward[f"{name}.x"], forward[f"{name}.y"] = x, layer(x).contiguous()
         if ".layers.1.self_attn." in name:
             dequantised[name] = dequantised_by_awq(layer)
     save_file(forward, folder / "forward.safetensors")
@@ -323,7 +346,26 @@ def build_compressed(out: Path) -> None:
         made = pack_by_compressed_tensors(N, K, g, seed)
         packed |= {f"{N}x{K}g{g}.{name}": tensor for name, tensor in made.items()}
     save_file(packed, folder / "packers.safetensors")
+    (folder / "targets.json").write_text(json.dumps(matched_targets(), indent=1) + "\n")
     write_versions(folder, "compressed-tensors")
+
+
+def matched_targets() -> list[dict[str, Any]]:
+    """For each list of targets and exceptions: the target that decides about each name, or null."""
+    from compressed_tensors.utils.match import is_match, match_targets
+
+    linear = torch.nn.Linear(1, 1)
+    return [
+        {
+            "targets": targets,
+            "ignore": ignore,
+            "decides": {
+                name: match_targets(name, linear, targets)[0] if is_match(name, linear, targets, ignore) else None
+                for name in LAYER_NAMES
+            },
+        }
+        for targets, ignore in TARGETS_AND_IGNORED
+    ]
 
 
 def fresh(folder: Path) -> Path:
