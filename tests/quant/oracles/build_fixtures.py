@@ -17,7 +17,7 @@ Nothing of `sparsevila` is imported: what the tools say is compared with what we
 checkpoints stand the tools' own answers: `dequantised.safetensors` (matrices as the tool sees them, the layer's name
 as key), `forward.safetensors` (inputs and outputs of a layer), `packers.safetensors` (random integers and what the
 packer made of them), `targets.json` (which entry of a config decides about a layer). `versions.json` in each folder
-names the versions.
+names the versions. A rebuild may differ in a few codes: a search for scales need not end at the same one twice.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ TARGETS_AND_IGNORED: tuple[tuple[list[str], list[str]], ...] = (
         [],
     ),
     (["re:.*self_attn.*", "Linear"], ["Linear"]),
+    (["re:.*mlp.*", "visual.merger.mlp.0", "vision_tower.encoder.layers.3.mlp.fc1"], []),
     (["re:.*[^.]+_proj", "re:lm_hea.?$", "re:language_model.lm_head$|visual"], ["model"]),
 )
 COMPRESSED_SHAPES = (  # N, K, group size; the last is K for a scale per row
