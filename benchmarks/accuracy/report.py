@@ -197,7 +197,7 @@ def _leaks(data: Row) -> str:
     ]
     return (
         "\n\n**!**: accuracy without the right picture passes the best blind guess by more than 5 points, with its "
-        f"whole interval. Under all protocols: {', '.join(found) or 'no type'}."
+        f"whole (exact) interval. Under all protocols: {', '.join(found) or 'no type'}."
     )
 
 

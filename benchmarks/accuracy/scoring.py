@@ -47,6 +47,17 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def passes(right: int, asked: int, share: float) -> bool:
+    """Whether the 95 % interval lies above `share`, by the binomial tail itself.
+
+    It is the interval of Clopper and Pearson, which can be trusted where a type has few questions or a share is small.
+    """
+    if share >= 1:
+        return False
+    tail = sum(math.comb(asked, k) * share**k * (1 - share) ** (asked - k) for k in range(right, asked + 1))
+    return tail < 0.025
+
+
 @dataclass(frozen=True)
 class Difference:
     """The mean of paired differences and its 95 % interval."""

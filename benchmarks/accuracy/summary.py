@@ -10,7 +10,7 @@ from typing import Any
 
 from accuracy.answering import Conversation, Reply, Task, asked_questions
 from accuracy.questions import Item, Question
-from accuracy.scoring import Guesser, facts_right, is_right, paired_difference, prior, wilson
+from accuracy.scoring import Guesser, facts_right, is_right, paired_difference, passes, prior, wilson
 from accuracy.workfile import Result
 
 LEAK = 0.05  # by which blind accuracy may pass the prior before a type is marked
@@ -130,7 +130,7 @@ def _accuracy_rows(task: Task, answered: Sequence[Answered], priors: dict[str, f
             "high": high,
             "macro": fmean(fmean(one.right for one in own) for own in types),
             "prior": guessed,
-            "beats_prior_blind": None if task.picture == "own" else low > guessed + LEAK,
+            "beats_prior_blind": None if task.picture == "own" else passes(right, len(group), guessed + LEAK),
             "lists": len(lists),
             "facts": fmean(lists) if lists else None,
             "cut": sum(one.reply.was_cut for one in group),

@@ -172,20 +172,20 @@ class TestClipFiles:
         item = next(item for item in draw(200) if item.layout.options == {"frames": frames})
         shown = answerer.show(item, "own")
         drawn = make("clip", item.seed, frames=frames).rgb.astype(float)
-        decoded = load_media(shown.media[0], default_frames=1).rgb[:, ::2, ::2].astype(float)
+        decoded = load_media(shown.media[0], default_frames=1).rgb.astype(float)
         error = np.square(decoded[:, None] - drawn[None]).mean(axis=(2, 3, 4))  # (decoded, drawn)
         assert (error.diagonal() <= error.min(axis=1) + 1e-9).all()
         assert len(shown.psnr) == frames
-        assert min(shown.psnr) > 30
+        assert min(shown.psnr) > 28
 
     def test_a_lost_or_misplaced_frame_is_refused(self, tmp_path):
         rgb = make("clip", draw(200)[0].seed, frames=8).rgb
         noise = np.random.default_rng(0).integers(0, 256, rgb.shape, dtype=np.uint8)
         noise = noise[:, ::8, ::8].repeat(8, axis=1).repeat(8, axis=2)
-        write_h264(noise, tmp_path / "clip.mp4", scale=2, crf=0)
+        write_h264(noise, tmp_path / "clip.mp4", crf=0)
         video = Video(tmp_path / "clip.mp4", frames=8)
         assert len(frame_quality(video, noise)) == 8
-        with pytest.raises(RuntimeError, match=r"frame 2 came back with"):
+        with pytest.raises(RuntimeError, match="frame 2 came back as its neighbour"):
             frame_quality(video, noise[[0, 1, 3, 2, 4, 5, 6, 7]])
         with pytest.raises(RuntimeError, match="expected 8 frames, the engine decoded 7"):
             frame_quality(replace(video, frames=7), noise)

@@ -259,7 +259,7 @@ class TestCommand:
         assert ours["visual_active"] == pytest.approx(0.25 * ours["visual_kept"], rel=0.02)
         assert ours["visual_kept"] == pytest.approx(0.4 * ours["visual_total"], rel=0.02)
         assert len(data["encoding"]) == len(data["layouts"])
-        assert all(row["psnr_min"] > 27 for row in data["clips"])
+        assert all(row["psnr_min"] > 25 for row in data["clips"])
         assert {row["layout"] for row in data["clips"]} == {"clip 08", "clip 16", "clip 32"}
 
     def test_again_it_has_nothing_to_do_and_writes_the_same(self, measured):

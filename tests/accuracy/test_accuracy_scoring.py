@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from accuracy.questions import LAYOUTS, Item, Question, draw
-from accuracy.scoring import Guesser, facts_right, is_right, learn_guesser, paired_difference, prior, wilson
+from accuracy.scoring import Guesser, facts_right, is_right, learn_guesser, paired_difference, passes, prior, wilson
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,16 @@ def test_wilson_equals_published_intervals(right, asked, low, high):
 def test_wilson_refuses_what_is_no_share(right, asked):
     with pytest.raises(ValueError, match=f"got {right} of {asked}"):
         wilson(right, asked)
+
+
+@pytest.mark.parametrize(  # Clopper and Pearson: 5 of 10 begins at 18.71 %, 1 of 2 at 1.26 %, 10 of 10 at 69.15 %
+    ("right", "asked", "low"), [(5, 10, 0.1871), (1, 2, 0.0126), (10, 10, 0.6915), (4, 200, 0.0055)]
+)
+def test_what_passes_a_share(right, asked, low):
+    assert passes(right, asked, low - 5e-5)
+    assert not passes(right, asked, low + 5e-5)
+    assert not passes(0, asked, low)
+    assert not passes(right, asked, 1.02)
 
 
 class TestPairedDifference:
