@@ -23,23 +23,23 @@ def engine(student):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Two questions of each layout, a long one among them."""
-    first = {item.layout.name: item for item in draw(100)}
-    return [(item, question) for item in first.values() for question in item.questions[-2:]]
+    """A question of each layout, and a long one of the first."""
+    items = list({item.layout.name: item for item in draw(100)}.values())
+    return [(item, item.questions[0]) for item in items] + [(items[0], items[0].questions[-1])]
 
 
 def test_answers_are_identical(engine, oracle, asked):
     compared = compare(engine, oracle, asked)
-    assert len(compared) == 14
+    assert len(compared) == 8
     assert [one.engine for one in compared] == [one.transformers for one in compared]
-    assert sum(len(one.engine) for one in compared) > 30
-    assert len({one.engine for one in compared}) > 7
+    assert sum(len(one.engine) for one in compared) > 10
+    assert len({one.engine for one in compared}) > 3
 
 
 def test_another_picture_would_show(engine, oracle, asked, tmp_path):
     answerer = EngineAnswerer(engine, tmp_path)
     for kind in ("scene", "clip"):
-        pairs = [(item, question) for item, question in asked if item.layout.kind == kind][:2]
+        pairs = [(item, question) for item, question in asked if item.layout.kind == kind]
         own, wrong = (
             [oracle.answer(answerer.show(item, picture).media[0], question) for item, question in pairs]
             for picture in ("own", "wrong")
