@@ -52,6 +52,7 @@ setup(
             "flash-colreduce>=0.2.2",
             "pexpect>=4.9",
             "decord2>=3",
+            "matplotlib>=3.10",
             "ruff>=0.14",
             "mypy>=1.18",
         ],
