@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ FURTHER_TALKS = 3  # beside a sample's own, because the picture's tokens cost mo
 
 # Kind, options, and its share of the language batches. One batch has one layout of tokens.
 Mix = tuple[tuple[str, dict[str, int], int], ...]
-EARLY: Mix = (  # few tokens: what a token means is learnt here, at a third of the price
+FIRST: Mix = (("scene", {"width": 64, "height": 64}, 1),)  # how to find a thing is learnt from one kind first
+EARLY: Mix = (  # then what the others have of their own, still with few tokens
     ("scene", {"width": 64, "height": 64}, 40),
     ("page", {"width": 64, "height": 64}, 25),
     ("clip", {"frames": 4}, 10),
@@ -69,18 +70,28 @@ class Dialogues:
     turns: Tensor  # (B, T) int64: the number of the turn a target belongs to
     weights: Tensor  # (B, T) float32: of each target in the loss, by the length of its answer
     types: tuple[tuple[str, ...], ...]  # per sample, of its turns
+    shown: Tensor | None  # (B, Tt, V) bool: the visual tokens that a text row's answer is in; nothing in other rows
 
 
 class BatchMaker:
     """Makes batch number n. Holds what it needs of the model (preprocessing) and its tokenizer, no weights."""
 
     def __init__(
-        self, model: LlavaNext, tokenizer: Tokenizer, *, seeds: range = TRAIN, early: int = 0, together: int = 1
+        self,
+        model: LlavaNext,
+        tokenizer: Tokenizer,
+        *,
+        seeds: range = TRAIN,
+        first: int = 0,
+        early: int = 0,
+        together: int = 1,
+        grounded: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.seeds = seeds
-        self.early = early  # language batches of small layouts, at the beginning
+        self.first, self.early = first, early  # language batches of one layout, then of small ones, at the beginning
+        self.grounded = grounded  # language batches that tell where answers are, at the beginning
         self.together = together  # batches of one layout that follow each other: processes that wait for each other
 
     def _seeds(self, number: int, size: int) -> range:
@@ -110,10 +121,9 @@ class BatchMaker:
 
     def layout(self, number: int) -> tuple[str, dict[str, int]]:
         """Kind and options of batch `number`."""
-        mix = EARLY if number < self.early else LATE
-        kind, options, _ = random.Random(number // self.together).choices(mix, weights=[share for _, _, share in mix])[
-            0
-        ]
+        mix = FIRST if number < self.first else EARLY if number < self.first + self.early else LATE
+        shares = [share for _, _, share in mix]
+        [(kind, options, _)] = random.Random(number // self.together).choices(mix, weights=shares)
         return kind, options
 
     def dialogues(self, number: int, size: int, *, layout: tuple[str, dict[str, int]] | None = None) -> Dialogues:
@@ -155,7 +165,8 @@ class BatchMaker:
             ),
             targets=targets,
             turns=turns,
-            types=tuple(t.types for t in talks),
+            types=tuple(tuple(qa.type for qa in talk.asked) for talk in talks),
+            shown=_shown(samples, talks, first.token_map) if number < self.grounded else None,
         )
 
     def _talk(self, sample: Sample, prefix: int, *, apart: bool) -> _Talk:
@@ -167,8 +178,7 @@ class BatchMaker:
             turns = [qa for talk in talks for qa in talk]
             dice.shuffle(turns)
             talks = [(qa,) for qa in (dice.choice(sample.alone), *_by_turns(turns))]
-        talk = _Talk([], [], [], [], [], [], ())
-        types: list[str] = []
+        talk = _Talk([], [], [], [], [], [], [])
         for segment, conversation in enumerate(talks, 1):
             position = prefix
             for qa in conversation:
@@ -181,12 +191,12 @@ class BatchMaker:
                 end = self.tokenizer.special_id("</s>")
                 talk.targets.extend([*[IGNORED] * (len(question) - 1), *answer, end])
                 talk.weights.extend([(len(answer) + 1) ** LENGTH_POWER] * len(ids))
-                talk.turns.extend([len(types)] * len(ids))
+                talk.turns.extend([len(talk.asked)] * len(ids))
                 talk.positions.extend(range(position, position + len(ids)))
                 talk.segments.extend([segment] * len(ids))
                 position += len(ids)
-                types.append(qa.type)
-        return replace(talk, types=tuple(types))
+                talk.asked.append(qa)
+        return talk
 
     def _ids(self, qa: QA, *, opens: bool) -> tuple[tuple[int, ...], list[int]]:
         """Question and answer as the engine will tokenise them; `opens` right behind the picture."""
@@ -209,7 +219,7 @@ def _by_turns(turns: Sequence[QA]) -> list[QA]:
 
 @dataclass(frozen=True)
 class _Talk:
-    """One sample's text: parallel lists, and the types of its turns."""
+    """One sample's text: parallel lists, and its turns."""
 
     ids: list[int]
     targets: list[int]
@@ -217,7 +227,28 @@ class _Talk:
     turns: list[int]
     positions: list[int]
     segments: list[int]
-    types: tuple[str, ...]
+    asked: list[QA]
+
+
+def _shown(samples: Sequence[Sample], talks: Sequence[_Talk], token_map: TokenMap) -> Tensor:
+    """`Dialogues.shown`: tokens of every view that touch a region of the question, in the rows that say its answer."""
+    shown = torch.zeros(len(samples), TEXT_TOKENS, len(token_map), dtype=torch.bool)
+    for sample, talk, rows in zip(samples, talks, shown, strict=True):
+        turns, targets = torch.tensor(talk.turns), torch.tensor(talk.targets)
+        for turn, qa in enumerate(talk.asked):
+            rows[: len(turns)][(turns == turn) & (targets != IGNORED)] = _touched(qa, sample, token_map)
+    return shown
+
+
+def _touched(qa: QA, sample: Sample, token_map: TokenMap) -> Tensor:
+    """(V,) bool"""
+    _, height, width, _ = sample.rgb.shape
+    y0, x0, y1, x1 = (token_map.box * torch.tensor([height, width, height, width])).unbind(1)
+    touched = torch.zeros(len(token_map), dtype=torch.bool)
+    for r in qa.regions:
+        inside = (y0 < r.y1) & (y1 > r.y0) & (x0 < r.x1) & (x1 > r.x0)
+        touched |= inside & (token_map.frame >= r.start) & (token_map.frame < r.stop)
+    return touched & ~token_map.structural
 
 
 def _frames(sample: Sample) -> Frames:

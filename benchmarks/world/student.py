@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from random_checkpoint import Shape, write_documents
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from world.sample import TILE
 
@@ -22,6 +23,7 @@ from sparsevila.models.llava_next import LlavaNext
 from sparsevila.quant.linear import Linear
 
 NUM_PIECES = 768
+GROUNDED = ((2, 0), (3, 1), (4, 2))  # layers and heads that are told where an answer is, while they are
 UNSEEN = -30000.0  # added to a score; its exponential is 0
 _ALL_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 PATCH = 8
@@ -86,13 +88,28 @@ def _initialise(name: str, parameter: nn.Parameter) -> None:
         elif name.endswith("bias"):
             parameter.zero_()
         elif "embed_tokens" in name:
-            parameter.normal_(std=0.5)  # of the size of the projected patches and of what the layers add
+            parameter.normal_(std=1.0)  # as the projected patches, see `standardise`
         elif "embed" in name or parameter.ndim == 1:
             parameter.normal_(std=0.02)
         else:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
             if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
                 parameter.mul_(0.3)  # residual branches begin small
+
+
+@torch.no_grad()
+def standardise(model: LlavaNext, features: Tensor) -> None:
+    """Begins the projector so that features like these (n, D) leave it with unit variance, as words enter.
+
+    A trained tower's features are tens of units large and far from zero: the layers behind would see little but their
+    mean, and words would drown in them.
+    """
+    first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
+    mean, spread = features.mean(0), features.std(0)
+    first.weight.div_(spread)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.div_(F.linear(F.gelu(F.linear(features, first.weight, first.bias)), second.weight).std())
+    model.image_newline.normal_()
 
 
 def tower_hidden(model: LlavaNext, pixels: Tensor) -> Tensor:
@@ -119,8 +136,15 @@ def embed_visual(model: LlavaNext, features: Tensor, token_map: TokenMap, source
     return model.embed_visual(VisualTokens(x.flatten(0, 1), flat, None)).reshape(B, len(token_map), -1)
 
 
-def decode(model: LlavaNext, visual: Tensor, rows: Rows, run_layer: Callable[..., Tensor] | None = None) -> Tensor:
-    """visual (B, V, hidden) -> hidden states (B, Tt, hidden) of the text rows behind the last layer.
+def decode(
+    model: LlavaNext,
+    visual: Tensor,
+    rows: Rows,
+    run_layer: Callable[..., Tensor] | None = None,
+    shown: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """visual (B, V, hidden) -> hidden states (B, Tt, hidden) of the text rows behind the last layer, and the sum of
+    `grounding` over the layers, zero without `shown`.
 
     `run_layer` is `decoder_layer`, compiled.
     """
@@ -133,9 +157,35 @@ def decode(model: LlavaNext, visual: Tensor, rows: Rows, run_layer: Callable[...
     prefix = hidden.shape[1] - Tt
     bias = _prefix_bias(prefix, hidden.device), _text_bias(rows.segments, Tt)
     hidden = hidden.flatten(0, 1)
+    lacking = hidden.new_zeros(())
     for i in range(len(decoder.layers)):
+        if shown is not None:
+            lacking = lacking + grounding(model, hidden, rows, shown, i)
         hidden = run_layer(decoder.layer(i), hidden, cos, sin, bias, B, is_last=i == len(decoder.layers) - 1)
-    return hidden.unflatten(0, (B, Tt))
+    return hidden.unflatten(0, (B, Tt)), lacking
+
+
+def grounding(model: LlavaNext, hidden: Tensor, rows: Rows, shown: Tensor, index: int) -> Tensor:
+    """How little of their attention the told heads of a layer give to where the answers are: mean of -log(mass), ().
+
+    hidden (B T, hidden) before layer `index`; shown (B, Tt, V) bool. Zero for a layer that is not told.
+    """
+    heads = [head for layer, head in GROUNDED if layer == index]
+    told = shown.any(-1)
+    if not heads or not told.any():
+        return hidden.new_zeros(())
+    B, Tt = rows.text.shape
+    layer = model.decoder.layer(index)
+    q, k, _ = layer.project(hidden, *model.decoder.angles(rows.positions.flatten()))  # each (heads, B T, D)
+    start, stop = len(rows.before), len(rows.before) + shown.shape[2]
+    bias = _text_bias(rows.segments, Tt)[:, 0].float()
+    lacking = []
+    for head in heads:
+        queries, keys = (x[head].float().unflatten(0, (B, -1)) for x in (q, k))
+        scores = (queries[:, -Tt:] * q.shape[-1] ** -0.5) @ keys.transpose(1, 2) + bias
+        mass = (scores.softmax(-1)[:, :, start:stop] * shown).sum(-1)[told]
+        lacking.append(-mass.clamp(min=1e-6).log().mean())
+    return torch.stack(lacking).sum()
 
 
 def decoder_layer(

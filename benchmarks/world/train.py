@@ -30,11 +30,21 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe
 from random_checkpoint import train_tokenizer
-from world.batches import IGNORED, LATE, BatchMaker, Dialogues, Tiles
+from world.batches import EARLY, IGNORED, LATE, BatchMaker, Dialogues, Tiles
 from world.crew import Crew, run_crew
 from world.labels import CLASSES
 from world.splits import KINDS, TRAIN, VALIDATION, make, world_vocabulary
-from world.student import NUM_PIECES, SHAPES, build, decode, decoder_layer, embed_visual, export, tower_hidden
+from world.student import (
+    NUM_PIECES,
+    SHAPES,
+    build,
+    decode,
+    decoder_layer,
+    embed_visual,
+    export,
+    standardise,
+    tower_hidden,
+)
 
 from sparsevila.engine.tokenizer import load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
@@ -56,12 +66,16 @@ class Recipe:
     vision_batch: int = 96
     vision_muon: float = 0.02
     vision_adam: float = 2e-3
-    language_steps: int = 3600
+    language_steps: int = 8000
     language_batches: int = 2  # for one step, of one layout
     language_batch: int = 16
-    language_early: int = 900  # steps with small layouts, at the beginning
-    language_muon: float = 0.005
+    language_first: int = 600  # steps with one kind, at the beginning
+    language_early: int = 900  # steps with small layouts, after these
+    language_grounded: int = 1500  # steps in which some heads are told where answers are, at the beginning
+    language_grounding: float = 0.15  # the weight of that
+    language_muon: float = 0.004
     language_adam: float = 2e-3
+    language_weight_decay: float = 0.05  # of the layers' matrices: else they grow until attention looks at one token
     language_decay: float = 0.3  # the last part of the steps, in which the rate falls; the tower's falls all the time
     warmup: int = 100
     seed: int = 0
@@ -104,7 +118,15 @@ class Optimisers:
     """Muon for the matrices of the layers, AdamW for everything else; one schedule."""
 
     def __init__(
-        self, named: list[tuple[str, nn.Parameter]], *, muon: float, adam: float, steps: int, warmup: int, decay: float
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        *,
+        muon: float,
+        adam: float,
+        steps: int,
+        warmup: int,
+        decay: float,
+        weight_decay: float,
     ) -> None:
         matrices = [p for n, p in named if p.ndim == 2 and ".layers." in n]
         chosen = {id(p) for p in matrices}
@@ -112,7 +134,7 @@ class Optimisers:
         self.parameters = [p for _, p in named]
         self.steps, self.warmup, self.decay = steps, warmup, decay
         self.each: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.Muon(matrices, lr=muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), muon),
+            (torch.optim.Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), muon),
             (torch.optim.AdamW(others, lr=adam, betas=(0.9, 0.98), weight_decay=0.02), adam),
         ]
 
@@ -206,7 +228,14 @@ class Trainer:
         self.tokenizer = load_tokenizer(Checkpoint(folder))  # there are no weights yet to open
         on_cpu = build(SHAPES[recipe.size], folder, pieces)  # workers preprocess with it; its weights are not used
         together = recipe.language_batches
-        self.maker = BatchMaker(on_cpu, self.tokenizer, early=recipe.language_early * together, together=together)
+        self.maker = BatchMaker(
+            on_cpu,
+            self.tokenizer,
+            first=recipe.language_first * together,
+            early=recipe.language_early * together,
+            together=together,
+            grounded=recipe.language_grounded * together,
+        )
         self.validation = BatchMaker(on_cpu, self.tokenizer, seeds=VALIDATION)
         self.stage, self.step = "vision", 0
         self.heads = Heads(self.model.config.vision.hidden_size, self.maker.tiles(0, 6)).to(device)
@@ -224,12 +253,13 @@ class Trainer:
         if self.stage == "vision":
             named = tower + [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
             rates = {"muon": recipe.vision_muon, "adam": recipe.vision_adam, "steps": recipe.vision_steps, "decay": 1.0}
+            rates["weight_decay"] = 0.01
         else:
             for _, parameter in tower:
                 parameter.requires_grad_(False)
             named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("vision_tower.")]
             rates = {"muon": recipe.language_muon, "adam": recipe.language_adam, "steps": recipe.language_steps}
-            rates["decay"] = recipe.language_decay
+            rates |= {"decay": recipe.language_decay, "weight_decay": recipe.language_weight_decay}
         return Optimisers(named, warmup=recipe.warmup, **rates)  # type: ignore[arg-type]
 
     def save(self) -> None:
@@ -264,6 +294,12 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
+    def _standardise(self) -> None:
+        """Fits the projector to the tower that it will be behind."""
+        seen = [self.maker.dialogues(i, 16, layout=layout).pixels for i, (*layout, _) in enumerate(EARLY)]
+        features = [self._features(pixels.to(self.device)).float().flatten(0, 2) for pixels in seen]
+        standardise(self.model, torch.cat(features))
+
     # Loops
 
     def train(self) -> bool:
@@ -274,6 +310,7 @@ class Trainer:
             if not done:
                 return False
             self.stage, self.step = "language", 0
+            self._standardise()
             self.optimisers = self._optimisers()
             if self.crew.leads:
                 self.save()
@@ -342,23 +379,26 @@ class Trainer:
             hidden = tower_hidden(self.model, pixels.flatten(0, 1))[:, 1:]
         return hidden.unflatten(0, pixels.shape[:2]).bfloat16()
 
-    def _logits(self, batch: Dialogues) -> tuple[Tensor, Tensor]:
-        """Logits (n, V) and targets (n,) of every row that has to say something."""
+    def _logits(self, batch: Dialogues) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (n, V) and targets (n,) of every row that has to say something, and the lack of grounding ()."""
         features = batch.pixels if batch.pixels.ndim == 4 else self._features(batch.pixels)
         layer = self.decoder_layer if torch.is_grad_enabled() else decoder_layer  # evaluation has too many shapes
         targets = batch.targets[:, -batch.rows.text.shape[1] :]
         with torch.autocast(self.device.type, torch.bfloat16):
             visual = embed_visual(self.model, features.float(), batch.token_map, batch.sources)
-            rows = decode(self.model, visual, batch.rows, layer)[targets != IGNORED]
-            return self.model.decoder.logits(rows), targets[targets != IGNORED]
+            rows, lacking = decode(self.model, visual, batch.rows, layer, batch.shown)
+            return self.model.decoder.logits(rows[targets != IGNORED]), targets[targets != IGNORED], lacking
 
     def _language_loss(self, batch: Dialogues) -> tuple[Tensor, dict[str, float]]:
         batch = _moved(batch, self.device)
-        logits, targets = self._logits(batch)
+        logits, targets, lacking = self._logits(batch)
         weights = batch.weights[batch.targets != IGNORED]
         accuracy = float((logits.argmax(-1) == targets).float().mean())
         loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-        return loss, {"token_accuracy": accuracy}
+        figures = {"token_accuracy": accuracy}
+        if batch.shown is not None:
+            figures["grounding"] = float(lacking.detach())
+        return loss + self.recipe.language_grounding * lacking, figures
 
     def _log_evaluations(self) -> None:
         """One line each; with two processes, each makes one of them."""
@@ -378,7 +418,7 @@ class Trainer:
             batch = _moved(batch, self.device)
             if wrong:
                 batch = replace(batch, pixels=batch.pixels.roll(1, dims=0))
-            logits, targets = self._logits(batch)
+            logits, targets, _ = self._logits(batch)
             good = logits.argmax(-1) == targets
             samples, columns = torch.nonzero(batch.targets != IGNORED, as_tuple=True)
             turns = batch.turns[samples, columns]

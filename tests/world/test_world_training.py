@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from world.batches import IGNORED, BatchMaker
+from world.batches import FURTHER_TALKS, IGNORED, BatchMaker
+from world.splits import make
 from world.student import SHAPES, build, decode, embed_visual, export, tower_hidden
 from world.train import Recipe, Trainer, make_tokenizer
 
@@ -43,7 +44,7 @@ def logits(model: Any, batch: Any) -> torch.Tensor:
     with torch.no_grad():
         features = tower_hidden(model, batch.pixels.flatten(0, 1))[:, 1:].unflatten(0, batch.pixels.shape[:2])
         visual = embed_visual(model, features, batch.token_map, batch.sources)
-        return model.decoder.logits(decode(model, visual, batch.rows))
+        return model.decoder.logits(decode(model, visual, batch.rows)[0])
 
 
 def test_every_word_of_the_world_is_in_the_tokenizer(student):
@@ -120,7 +121,6 @@ def test_one_turn_of_a_block_does_not_see_another(student):
 
 def _inputs(maker: BatchMaker, layout: tuple[str, dict[str, int]], number: int, sample: int) -> Any:
     from world.batches import _frames
-    from world.splits import make
 
     kind, options = layout
     seed = maker._seeds(number, 2)[sample]
@@ -132,7 +132,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe of seconds, and an evaluation of one layout."""
     monkeypatch.setattr("world.train.LATE", [(*LAYOUTS[0], 1)])
     monkeypatch.setattr("world.train.EVALUATION_SIZE", 2)
-    return Recipe(vision_steps=2, vision_batch=6, language_steps=4, language_batch=2, language_early=2, warmup=2)
+    return Recipe(
+        vision_steps=2,
+        vision_batch=6,
+        language_steps=4,
+        language_batch=2,
+        language_first=1,
+        language_early=2,
+        language_grounded=2,
+        warmup=2,
+    )
 
 
 def trainer(run: Path, recipe: Recipe, **options: Any) -> Trainer:
@@ -184,3 +193,65 @@ def test_no_answer_weighs_more_than_the_root_of_its_length(student: Any) -> None
         for turn in range(len(types)):
             of_answer = weights[(turns == turn) & (targets != IGNORED)]
             assert float(of_answer.sum()) == pytest.approx(len(of_answer) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[0])
+def test_answers_are_shown_where_they_are(student: Any, layout: Any) -> None:
+    """Against the boxes of the tokens one by one, from the truth of the sample."""
+    model, _, folder = student
+    maker = BatchMaker(model, load_tokenizer(Checkpoint(folder)), grounded=1)
+    assert maker.dialogues(1, 2, layout=layout).shown is None
+    batch = maker.dialogues(0, 2, layout=layout)
+    assert batch.shown is not None
+    token_map, Tt = batch.token_map, batch.rows.text.shape[1]
+    said = 0
+    for i, seed in enumerate(maker._seeds(0, 2)):
+        sample = make(layout[0], seed, talks=FURTHER_TALKS, **layout[1])
+        _, height, width, _ = sample.rgb.shape
+        known = [qa for talk in (sample.dialogue, *sample.further, sample.alone) for qa in talk]
+        for turn, name in enumerate(batch.types[i]):
+            rows = (batch.turns[i, -Tt:] == turn) & (batch.targets[i, -Tt:] != IGNORED)
+            ids = batch.targets[i, -Tt:][rows][:-1].tolist()
+            answer = maker.tokenizer.decode(ids).strip()
+            found = {tuple(torch.nonzero(shown)[:, 0].tolist()) for shown in batch.shown[i][rows]}
+            assert len(found) == 1  # all rows of an answer alike
+            wanted = []
+            for qa in known:
+                if (qa.type, qa.answer) == (name, answer):
+                    boxes = [
+                        n
+                        for n in range(len(token_map))
+                        if not token_map.structural[n]
+                        and any(
+                            r.start <= token_map.frame[n] < r.stop
+                            and token_map.box[n, 0] * height < r.y1
+                            and token_map.box[n, 2] * height > r.y0
+                            and token_map.box[n, 1] * width < r.x1
+                            and token_map.box[n, 3] * width > r.x0
+                            for r in qa.regions
+                        )
+                    ]
+                    wanted.append(tuple(boxes))
+            assert found.pop() in wanted
+            said += bool(rows.any())
+        silent = batch.targets[i, -Tt:] == IGNORED
+        assert not batch.shown[i][silent].any()
+    assert said > 4
+
+
+def test_grounding_falls_as_attention_moves_to_the_answer(student: Any) -> None:
+    """Showing everything asks for no more than attention to the picture; showing one token asks for more."""
+    model, maker, _ = student
+    batch = maker.dialogues(0, 2, layout=LAYOUTS[0])
+    with torch.no_grad():
+        features = tower_hidden(model, batch.pixels.flatten(0, 1))[:, 1:].unflatten(0, batch.pixels.shape[:2])
+        visual = embed_visual(model, features, batch.token_map, batch.sources)
+        Tt, V = batch.rows.text.shape[1], len(batch.token_map)
+        says = (batch.targets[:, -Tt:] != IGNORED)[:, :, None]
+        everything = says.expand(-1, -1, V)
+        one = everything & (torch.arange(V) == 5)
+        nothing, all_of_it, little = (
+            decode(model, visual, batch.rows, None, s)[1] for s in (~says & says, everything, one)
+        )
+    assert float(nothing) == 0
+    assert 0 < float(all_of_it) < float(little)
