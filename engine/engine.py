@@ -12,11 +12,14 @@ from types import TracebackType
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from ..errors import Closed, InsufficientMemory, InvalidRequest
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint, TensorInfo
 from ..models.interface import MediaKind, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
 from ..models.registry import load_model
+from ..quant.linear import num_parameters
+from ..quant.plan import scheme_name
 from .cache import KVCache
 from .config import EngineInfo, Image, SamplingParams, Sparsity, Video
 from .conversation import MediaItem
@@ -30,6 +33,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 _FEATURE_CACHE_BYTES = 1 << 30  # encoded media that no session holds any more
 _WORKSPACE_BYTES = 512 << 20  # activations of a prefill chunk and of the vision tower's tiles, rounded up
+_SCALE_BYTES = 8  # a float32 scale and the float32 product of scale and zero point beside it
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,15 +102,15 @@ class Engine:
             if fits < context:
                 notes.append(f"context {fits} instead of {context}: that is what fits the memory limit")
                 context = fits
-        parameters = list(loaded.parameters())
+        assert isinstance(loaded, nn.Module)  # every class of the registry is one
         info = EngineInfo(
             model=str(model),
             architecture=checkpoint.config["architectures"][0],
             folder=str(folder.path),
-            scheme=str(chosen).removeprefix("torch."),
+            scheme=scheme_name(loaded, chosen),
             device=str(target),
-            parameters=sum(p.numel() for p in parameters),
-            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameters=num_parameters(loaded),
+            weight_bytes=_weight_bytes(loaded),
             max_context=context,
             load_s=time.perf_counter() - start,
             notes=tuple(notes),
@@ -258,15 +262,28 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) -> None:
     if limit is None:
         return
-    entries = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
-    need = entries * torch.empty((), dtype=dtype).element_size() + _WORKSPACE_BYTES
+    need = sum(_loaded_bytes(name, info, dtype) for name, info in checkpoint.tensors.items()) + _WORKSPACE_BYTES
     if need > limit:
         raise InsufficientMemory(need, limit, what="loading this model", hint="use a smaller model or a higher limit")
 
 
+def _loaded_bytes(name: str, info: TensorInfo, dtype: torch.dtype) -> int:
+    """What a stored tensor takes in memory: floats in the model's dtype, packed weights as they are."""
+    entries = torch.Size(info.shape).numel()
+    if not info.torch_dtype.is_floating_point:
+        return entries * info.torch_dtype.itemsize
+    if name.rpartition(".")[2] in ("scales", "weight_scale"):  # of a quantised matrix
+        return entries * _SCALE_BYTES
+    return entries * dtype.itemsize
+
+
+def _weight_bytes(model: VisionLanguageModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def _fixed_bytes(model: VisionLanguageModel) -> int:
     """Weights and workspace: what does not grow with the conversation."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) + _WORKSPACE_BYTES
+    return _weight_bytes(model) + _WORKSPACE_BYTES
 
 
 def _position_bytes(model: VisionLanguageModel) -> int:

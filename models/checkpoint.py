@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, overload
@@ -312,21 +312,35 @@ class Checkpoint:
             return None
         return parse_json(self.read_bytes(name, max_bytes), name)
 
-    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def headers(self) -> dict[str, Tensor]:
+        """Every tensor's shape and dtype, as a tensor on `meta`."""
+        return {n: torch.empty(t.shape, dtype=t.torch_dtype, device="meta") for n, t in self.tensors.items()}
+
+    def iter_tensors(self, together: Callable[[str], str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, shard by shard in the order of the bytes; CPU, stored dtype.
 
-        Each is fresh memory that the caller may keep; only what the caller keeps stays. Raises CorruptCheckpoint
-        where a file changed since it was opened.
+        `together` names a tensor's group: those of one group in one shard follow its first one. Each tensor is fresh
+        memory that the caller may keep; only what the caller keeps stays. Raises CorruptCheckpoint where a file
+        changed since it was opened.
         """
         for path in dict.fromkeys(info.file for info in self.tensors.values()):
             try:
                 with path.open("rb", buffering=0) as file:
                     reader = _FullReads(file)
-                    for name, info in self.tensors.items():
-                        if info.file == path:
-                            yield name, _read_tensor(reader, info, name)
+                    for name, info in self._in_groups(path, together):
+                        yield name, _read_tensor(reader, info, name)
             except OSError:
                 _corrupt(path.name, "cannot be read")
+
+    def _in_groups(self, path: Path, together: Callable[[str], str] | None) -> list[tuple[str, TensorInfo]]:
+        """The tensors of one file in the order in which they are read."""
+        items = [(name, info) for name, info in self.tensors.items() if info.file == path]
+        if together is None:
+            return items
+        groups: dict[str, list[tuple[str, TensorInfo]]] = {}
+        for name, info in items:
+            groups.setdefault(together(name), []).append((name, info))
+        return [item for group in groups.values() for item in group]
 
     def _path(self, name: str) -> Path:
         """The path of a file that exists, is a regular one and does not lie outside."""

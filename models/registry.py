@@ -7,6 +7,8 @@ import importlib
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedModel
+from ..quant.plan import QuantPlan
+from ..quant.quantization_config import QuantizationConfig, parse_quantization_config
 from .checkpoint import Checkpoint
 from .interface import ProgressFn, VisionLanguageModel, no_progress
 from .weights import load_weights
@@ -24,7 +26,11 @@ _EMBEDDING = "language_model.embed_tokens.weight"
 def load_model(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, progress: ProgressFn = no_progress
 ) -> VisionLanguageModel:
-    """Builds the checkpoint's model and fills it, strictly. Raises UnsupportedModel or CorruptCheckpoint."""
+    """Builds the checkpoint's model and fills it, strictly.
+
+    Layers that the checkpoint holds quantised stay so; `dtype` is that of everything else and of the activations.
+    Raises UnsupportedModel or CorruptCheckpoint.
+    """
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CorruptCheckpoint(f"config.json: architectures: expected one name, got {names!r:.100}")
@@ -37,6 +43,17 @@ def load_model(
     model_class = getattr(importlib.import_module(f".{file}", __package__), class_name)
     with torch.device("meta"):
         model = model_class.from_checkpoint(checkpoint)
+    plan = QuantPlan.of(model, checkpoint.headers(), model.rename, _quantization_config(checkpoint))
+    plan.apply(model)
     tied = {_TIED_HEAD: _EMBEDDING} if model.decoder.config.tie_word_embeddings else {}
-    load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, progress=progress)
+    load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, plan=plan, progress=progress)
     return model.eval()
+
+
+def _quantization_config(checkpoint: Checkpoint) -> QuantizationConfig | None:
+    values = checkpoint.config.get("quantization_config")
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise CorruptCheckpoint(f"config.json: quantization_config: expected an object, got {values!r:.100}")
+    return parse_quantization_config(values)

@@ -1,0 +1,144 @@
+"""8-bit linear layers and the codes of their inputs against float64, and that each fault would show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsevila.kernels.quantize_rows import quantize_rows, quantize_rows_ref
+from sparsevila.kernels.w8a8 import MAX_IN_FEATURES, w8a8, w8a8_ref
+
+# The int32 sum is exact; what is left are three float32 roundings and the one to x's dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DTYPES = list(TOLERANCE)
+SHAPES = [(1, 64, 64), (7, 5, 13), (17, 96, 65), (130, 33, 1), (3, 1, 7), (1, 1, 1), (2, 8, 18944)]  # M, N, K
+
+
+def inputs(M: int, K: int, dtype: torch.dtype = torch.float32):
+    rng = torch.Generator().manual_seed(M + K)
+    x = torch.randn(M, K, generator=rng) * torch.logspace(-2, 1, M)[:, None]  # rows of very different size
+    x[:, K // 2] *= 20  # an outlier, as activations have
+    return x.to(dtype)
+
+
+def weights(N: int, K: int):
+    rng = torch.Generator().manual_seed(N * K)
+    codes = torch.randint(-128, 128, (N, K), generator=rng, dtype=torch.int8)
+    return codes, (torch.rand(N, generator=rng) + 0.1) * 0.01
+
+
+def error(got, want) -> float:
+    """The largest of each row's errors relative to that row."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    return float(((got.double() - want).abs().amax(-1) / want.abs().amax(-1)).max())
+
+
+class TestQuantizeRows:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+    def test_against_the_definition(self, M, N, K, dtype):
+        x = inputs(M, K, dtype)
+        codes, scales = quantize_rows(x)
+        want, want_scales = quantize_rows_ref(x)
+        assert (codes.dtype, scales.dtype) == (torch.int8, torch.float32)
+        assert torch.allclose(scales, want_scales, rtol=1e-7, atol=0)
+        differ = codes != want
+        # A quotient may be rounded to a tie on its way; nothing else may differ.
+        quotient = x.double()[differ] / scales.double()[:, None].expand(M, K)[differ]
+        assert bool(((quotient - quotient.floor() - 0.5).abs() < 1e-4).all())
+        assert codes.long().abs().amax(1).eq(127).all()
+        assert (codes.double() * scales.double()[:, None] - x.double()).abs().le(scales.double()[:, None] * 0.501).all()
+
+    def test_ties_go_to_even(self):
+        x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+        assert quantize_rows(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+
+    def test_rows_of_zeros_and_next_to_zero(self):
+        x = torch.tensor([[0.0, 0.0], [1e-45, 0.0], [1e-42, -1e-42], [3.0, -1.5]])
+        codes, scales = quantize_rows(x)
+        assert codes[:2].eq(0).all()
+        assert scales[:2].eq(1).all()
+        assert torch.isfinite(scales).all()
+        assert scales.gt(0).all()
+        assert codes[3].tolist() == [127, -64]
+
+    def test_what_is_no_number_shows_in_its_row_alone(self):
+        x = torch.ones(3, 4)
+        x[0, 1], x[1, 2] = float("nan"), float("inf")
+        out = w8a8(x, torch.ones(2, 4, dtype=torch.int8), torch.ones(2))
+        assert not torch.isfinite(out[:2]).any()
+        assert torch.isfinite(out[2]).all()
+
+    def test_refused(self):
+        for x in (torch.ones(4), torch.ones(2, 0), torch.ones(2, 2, dtype=torch.int32)):
+            with pytest.raises(ValueError, match="expected x"):
+                quantize_rows(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_against_the_definition(M, N, K, dtype):
+    x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = w8a8(x, codes, scales, bias)
+    assert got.dtype == dtype
+    want = w8a8_ref(x, codes, scales, bias)
+    # Where product and bias cancel, what counts is the size of the two.
+    size = want.abs().amax(-1, keepdim=True) + bias.double().abs().max()
+    assert torch.isfinite(got).all()
+    assert float(((got.double() - want).abs() / size).max()) < TOLERANCE[dtype]
+
+
+def test_against_the_product_of_floats():
+    """The definition itself: int8 activations leave an error of about 1 / 254 of a row's largest input."""
+    x, (codes, scales) = inputs(5, 512), weights(64, 512)
+    exact = x.double() @ (codes.double() * scales.double()[:, None]).t()
+    assert 1e-4 < error(w8a8(x, codes, scales), exact) < 0.1
+
+
+def test_the_longest_sum_stays_in_int32():
+    x = torch.full((1, MAX_IN_FEATURES), -1.0)
+    codes = torch.full((2, MAX_IN_FEATURES), -128, dtype=torch.int8)
+    got = w8a8(x, codes, torch.ones(2))
+    assert error(got, torch.full((1, 2), 128.0 * MAX_IN_FEATURES, dtype=torch.float64)) < 1e-6
+
+
+def test_leading_dimensions_and_no_rows():
+    x, (codes, scales) = inputs(6, 64), weights(5, 64)
+    want = w8a8(x, codes, scales)
+    assert torch.equal(w8a8(x.view(2, 3, 64), codes, scales), want.view(2, 3, 5))
+    assert torch.equal(w8a8(x[0], codes, scales), want[0])
+    assert w8a8(x[:0], codes, scales).shape == (0, 5)
+
+
+@pytest.mark.parametrize("fault", ["scales of other rows", "one token's scale for all", "last input", "sign", "zeros"])
+def test_a_fault_would_show(fault):
+    x, (codes, scales) = inputs(17, 65), weights(96, 65)
+    want = w8a8_ref(x, codes, scales)
+    if fault == "scales of other rows":
+        got = w8a8(x, codes, scales.roll(1))
+    elif fault == "one token's scale for all":
+        act_codes, act_scales = quantize_rows(x)
+        got = act_codes.float() @ (codes.float() * scales[:, None]).t() * act_scales[0]
+    elif fault == "last input":
+        got = w8a8(torch.cat([x[:, :-1], torch.zeros(17, 1)], 1), codes, scales)
+    elif fault == "sign":
+        got = w8a8(x, codes.bitwise_xor(-128), scales)
+    else:
+        got = torch.zeros(17, 96)
+    assert error(got, want) > 0.01
+
+
+def test_refused():
+    x, (codes, scales) = inputs(2, 64), weights(5, 64)
+    for arguments, said in [
+        ((x[:, 1:], codes, scales), r"expected x \(\.\.\., 64\)"),
+        ((x, codes.int(), scales), "expected weight"),
+        ((x, codes, scales.half()), "expected scales"),
+        ((x, codes, scales[1:]), "expected scales"),
+        ((x, codes, scales, torch.zeros(4)), "expected bias"),
+        ((x, torch.zeros(1, MAX_IN_FEATURES + 1, dtype=torch.int8), scales), f"at most {MAX_IN_FEATURES}"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            w8a8(*arguments)
