@@ -161,9 +161,9 @@ def test_channel_scales_by_hand() -> None:
     # sqrt(4), sqrt(1), sqrt(0.25) = 2, 1, 0.5; the largest times the least is 1.
     s = channel_scales(torch.tensor([4.0, 1.0, 0.25]), None, 0.5)
     torch.testing.assert_close(s, torch.tensor([2.0, 1.0, 0.5]))
-    # 16^0.5 / 0.25^0.5 = 8, 1 / 1 = 1; over sqrt(8).
-    s = channel_scales(torch.tensor([16.0, 1.0]), torch.tensor([0.25, 1.0]), 0.5)
-    torch.testing.assert_close(s, torch.tensor([8.0**0.5, 8.0**-0.5]), rtol=5e-4, atol=0)
+    # 16^0.25 / (1/16)^0.75 = 16, 1 / 1 = 1; over sqrt(16).
+    s = channel_scales(torch.tensor([16.0, 1.0]), torch.tensor([1 / 16, 1.0]), 0.25)
+    torch.testing.assert_close(s, torch.tensor([4.0, 0.25]), rtol=1e-3, atol=0)
 
 
 def test_a_silent_channel_has_scale_one_and_no_say() -> None:
@@ -223,9 +223,10 @@ def test_never_worse_than_plain_and_deterministic(seed: int, factor: float, symm
 
 
 def test_a_block_is_judged_at_its_end_and_gets_its_weights_back() -> None:
-    gate_up, down = linear({"gate_proj": 48, "up_proj": 48}, 64, seed=3), linear(64, 48, seed=4)
-    gate_up.weight.data = gate_up.weight.data.to(torch.bfloat16)
-    own = gate_up.weight
+    gate_up = linear({"gate_proj": 48, "up_proj": 48}, 64, bias=True, seed=3).to(torch.bfloat16)
+    down = linear(64, 48, seed=4)
+    assert gate_up.bias is not None
+    own, bias = gate_up.weight, gate_up.bias.float()
     before = own.clone()
     seen = []
 
@@ -241,7 +242,7 @@ def test_a_block_is_judged_at_its_end_and_gets_its_weights_back() -> None:
     assert torch.equal(own, before)
 
     def outcome(weight: Tensor) -> Tensor:
-        gate, up = (stats.rows @ weight.t()).chunk(2, dim=-1)
+        gate, up = F.linear(stats.rows, weight, bias).chunk(2, dim=-1)
         return down(F.silu(gate) * up)
 
     weight = before.float()

@@ -178,6 +178,15 @@ def test_bad_numbers_name_the_layer() -> None:
         search_smoothing([linear(6, 8)], stats)
 
 
+def test_a_search_with_heads_gives_scales_that_fold() -> None:
+    heads = HeadGroups(num_heads=6, num_kv_heads=2, head_dim=8)
+    x = heavy_tailed(80, 16).reshape(80, 2, 1, 8).expand(80, 2, 3, 8).reshape(80, 48)  # a value head for three queries
+    layer, stats = linear(30, 48), ChannelStats.of("out_proj", x + heavy_tailed(80, 48, num_outliers=0, seed=1))
+    s, record = search_smoothing([layer], stats, heads=heads)
+    assert record.error_after < 0.5 * record.error_before
+    assert heads.narrow(s).shape == (16,)
+
+
 # A whole block ------------------------------------------------------------------------------------------------------
 
 
