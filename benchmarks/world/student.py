@@ -104,7 +104,10 @@ def standardise(model: LlavaNext, features: Tensor) -> None:
     A trained tower's features are tens of units large and far from zero: the layers behind would see little but their
     mean, and words would drown in them.
     """
-    first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
+    first, second = (model.multi_modal_projector.get_submodule(f"linear_{i}") for i in (1, 2))
+    assert isinstance(first, Linear)
+    assert isinstance(second, Linear)
+    assert first.bias is not None
     mean, spread = features.mean(0), features.std(0)
     first.weight.div_(spread)
     first.bias.copy_(-first.weight @ mean)
