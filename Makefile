@@ -1,5 +1,6 @@
 # make demo    install once, then ask the built-in demo model two questions about a clip
 # make chat    the same model, interactive; ARGS="--model llava-next-7b" and so on
+# make install what the demo, the checks and the tests need, into .venv
 # make check   lint, format, types, layering
 # make test    all tests; ARGS="-k chat" and so on
 # make size    the longest functions and files
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TYPED := $(VENV)/typed/sparsevila
 
-.PHONY: demo chat check test size clean
+.PHONY: demo chat install check test size clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
@@ -21,6 +22,8 @@ demo: $(VENV)/run.stamp
 
 chat: $(VENV)/run.stamp
 	$(BIN)/python chat.py $(ARGS)
+
+install: $(VENV)/test.stamp
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
