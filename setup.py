@@ -29,7 +29,7 @@ setup(
         "sparsevila.quant",
         "sparsevila.models",
     ],
-    package_data={"sparsevila": ["py.typed", "assets/demo/*"]},
+    package_data={"sparsevila": ["py.typed", "assets/demo/*", "assets/calibration/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
