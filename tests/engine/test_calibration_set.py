@@ -74,5 +74,5 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(InvalidRequest, match="does not exist"):
         read_samples([tmp_path / "gone"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(MediaError, match="broken.png"):
+    with pytest.raises(MediaError, match=r"broken\.png"):
         read_samples([tmp_path])
