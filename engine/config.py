@@ -192,7 +192,7 @@ class EngineInfo:
     model: str  # what the caller asked for
     architecture: str
     folder: str
-    scheme: str  # "bf16", "float32", later "W8A8 / W4A16"
+    scheme: str  # of the layers and the dtype of the rest: "float32", "W8A8 / W4A16 / bfloat16"
     device: str
     parameters: int
     weight_bytes: int

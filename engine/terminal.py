@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..models.interface import Progress
 
 REDRAW_S = 0.1  # a progress line is drawn again at most this often
+LEFT_AFTER_S = 20.0  # of a stage this long the time left is said, in place of its rate
 MAX_ESCAPE_LEN = 256  # an escape sequence longer than this is given up, so that it cannot swallow an answer
 
 
@@ -80,6 +81,16 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def format_duration(seconds: float) -> str:
+    """1 min 5 s, 2 h 10 min: two units at the most."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def format_stats(stats: Stats, separator: str = " · ") -> str:
     """The line of figures after an answer; percentages are shares removed."""
     parts = [f"ttft {stats.ttft_s * 1000:.0f} ms"]
@@ -109,7 +120,7 @@ class ProgressLine:
         self._redraw = redraw
         self._clock = clock
         self._last: Progress | None = None
-        self._begun_s = 0.0
+        self._begun_s, self._begun_at = 0.0, 0
         self._drawn_s = float("-inf")
         self._visible = False
 
@@ -118,6 +129,7 @@ class ProgressLine:
         if self._last is None or progress.stage != self._last.stage or progress.done < self._last.done:
             self.clear()
             self._begun_s, self._drawn_s = now, float("-inf")
+            self._begun_at = progress.done  # work that was resumed does not begin at 0
         self._last = progress
         if self._redraw and now - self._drawn_s >= REDRAW_S:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be redrawn
@@ -139,12 +151,15 @@ class ProgressLine:
         assert p is not None
         elapsed = max(now - self._begun_s, 1e-9)
         rate = p.done / elapsed
+        new = p.done - self._begun_at
         if p.unit == "bytes":
             total = f" of {format_bytes(p.total)}" if p.total else ""
             amount, speed = f"{format_bytes(p.done)}{total}", f"{format_bytes(rate)}/s"
         else:
             total = f" of {p.total}" if p.total else ""
             amount, speed = f"{p.done}{total} {p.unit}", f"{rate:.1f} {p.unit}/s"
+        if p.total and new > 0 and p.done < p.total and elapsed > LEFT_AFTER_S:
+            speed = f"{format_duration((p.total - p.done) * elapsed / new)} left"
         return f"{p.stage} {amount}" + (f" ({speed})" if elapsed > REDRAW_S else "")
 
 

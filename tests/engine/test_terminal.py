@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevila.engine.config import Stats
-from sparsevila.engine.terminal import EscapeFilter, ProgressLine, Screen, format_bytes, format_stats, printable
+from sparsevila.engine.terminal import (
+    EscapeFilter,
+    ProgressLine,
+    Screen,
+    format_bytes,
+    format_duration,
+    format_stats,
+    printable,
+)
 from sparsevila.models.interface import Progress
 
 
@@ -70,6 +78,25 @@ def test_progress_is_redrawn_on_a_terminal() -> None:
     assert drawn[4] == "encode 4 of 4 frames (6.7 frames/s)"
     assert drawn[5] == ""
     assert "\n" not in stream.getvalue()
+
+
+def test_a_long_stage_says_the_time_left() -> None:
+    """Counted from where it began: work that was resumed had most of its units done in no time."""
+    stream, clock = Tty(), Clock()
+    line = ProgressLine(stream, redraw=True, clock=clock)
+    for done in (28, 29, 30, 31):
+        line(Progress("quantise", done, 34, "layers"))
+        clock.now += 60
+    drawn = stream.getvalue().split("\r\x1b[K")
+    assert drawn[1:] == [
+        "quantise 28 of 34 layers",
+        "quantise 29 of 34 layers (5 min 0 s left)",
+        "quantise 30 of 34 layers (4 min 0 s left)",
+        "quantise 31 of 34 layers (3 min 0 s left)",
+    ]
+    assert [format_duration(s) for s in (0.4, 59.4, 61, 3599, 3600, 90061)] == [
+        "0 s", "59 s", "1 min 1 s", "59 min 59 s", "1 h 0 min", "25 h 1 min"
+    ]  # fmt: skip
 
 
 def test_progress_is_one_line_per_stage_elsewhere() -> None:
