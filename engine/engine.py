@@ -72,18 +72,20 @@ class Engine:
         max_context: int | None = None,
         sparsity: Sparsity | None = None,
         offline: bool = False,
+        quantised: bool = True,
         progress: ProgressFn = no_progress,
     ) -> Engine:
         """Loads a checkpoint: a folder, an alias, or `hf:USER/REPO` that is on this machine. Never downloads.
 
         `device` "auto", "cpu", "cuda:0"; `dtype` "auto", "float32", "bfloat16", "float16"; `max_memory` in bytes or
         like "6GiB", a bound for weights, caches and workspace; `max_context` in positions, at most the model's own.
-        `sparsity` is the sessions' default, None: that of the kind of media.
+        `sparsity` is the sessions' default, None: that of the kind of media. Of an alias or a repository the copy that
+        was quantised on this machine is taken, unless `quantised` is False.
         Raises ModelNotFound, UnsupportedModel, CorruptCheckpoint, InsufficientMemory or InvalidRequest.
         """
         start = time.perf_counter()
         target, limit = _device(device), None if max_memory is None else parse_bytes(max_memory)
-        folder = resolve(model, offline=offline)
+        folder = resolve(model, offline=offline, quantised=quantised)
         checkpoint = Checkpoint.open(folder.path)
         chosen = _dtype(dtype, target)
         _check_weights_fit(checkpoint, chosen, limit)

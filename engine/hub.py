@@ -31,6 +31,7 @@ TIMEOUT_S: Final = 30.0
 RETRY_PAUSE_S: Final = 1.0
 SOURCE_FILE: Final = "sparsevila_source.json"  # in a downloaded folder: repository and commit
 BUNDLED: Final = "bundled"
+QUANTISED: Final = "-w8a8-w4a16"  # behind a model's name: the copy of it that was quantised on this machine
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -96,13 +97,19 @@ class _Target:
 
 
 def resolve(
-    model: str | Path, *, offline: bool = False, home: Path | None = None, hf_cache: Path | None = None
+    model: str | Path,
+    *,
+    offline: bool = False,
+    quantised: bool = False,
+    home: Path | None = None,
+    hf_cache: Path | None = None,
 ) -> ModelFolder:
     """The folder of a model that is on this machine: an explicit path, an alias, or `hf:USER/REPO`.
 
     Looks under `home` (default `$SPARSEVILA_HOME`, then `~/.sparsevila`) and in `hf_cache` (default that of
     `huggingface_hub`). Never downloads; `offline` only leaves the download out of the advice. A folder that the
-    caller names is returned as it is; of all others only complete ones. Raises ModelNotFound with the ways to get it.
+    caller names is returned as it is; of all others only complete ones, and with `quantised` the copy that was
+    quantised here before its original. Raises ModelNotFound with the ways to get it.
     """
     explicit = _explicit(model)
     if explicit is not None and (explicit / "config.json").is_file():
@@ -115,7 +122,7 @@ def resolve(
             raise ModelNotFound(f"{explicit} is a file", hint="give the folder that holds config.json")
     if target is None:
         raise _unknown(str(model))
-    places = list(_places(target, home, hf_cache))
+    places = list(_places(target, home, hf_cache, quantised=quantised))
     problems = []
     for place in places:
         problem = _problem(place.path)
@@ -125,12 +132,23 @@ def resolve(
     raise _not_here(target, problems, offline=offline, home=home, hf_cache=hf_cache)
 
 
+def quantised_folder(model: str, home: Path | None = None) -> Path | None:
+    """Where the quantised copy of a known model or of `hf:USER/REPO` belongs; None for any other text.
+
+    None as well for the bundled model, which is small.
+    """
+    target = _target(model)
+    if target is None or target.repository is None:
+        return None
+    return _models_folder(home) / f"{target.names[0]}{QUANTISED}"
+
+
 def list_models(home: Path | None = None, hf_cache: Path | None = None) -> list[ModelRow]:
     """Every alias and where it is on this machine. No network."""
     return [
         ModelRow(alias, entry.repository or BUNDLED, entry.size_bytes, found.path if found else None)
         for alias, entry in ALIASES.items()
-        for found in [_find(_of_alias(alias), home, hf_cache)]
+        for found in [_find(_of_alias(alias), home, hf_cache, quantised=True)]
     ]
 
 
@@ -239,10 +257,15 @@ def _hf_cache_folder(hf_cache: Path | None) -> Path:
     return Path(hf_home).expanduser() / "hub"
 
 
-def _places(target: _Target, home: Path | None, hf_cache: Path | None) -> Iterator[ModelFolder]:
+def _places(
+    target: _Target, home: Path | None, hf_cache: Path | None, *, quantised: bool = False
+) -> Iterator[ModelFolder]:
     """The folders in which the model may be, best first."""
     if target.repository is None:
         yield ModelFolder(Path(__file__).resolve().parent.parent / "assets" / target.name, BUNDLED)
+    if quantised and target.repository is not None:
+        for name in target.names:
+            yield ModelFolder(_models_folder(home) / f"{name}{QUANTISED}", "quantised here")
     for name in target.names:
         yield ModelFolder(_models_folder(home) / name, "SPARSEVILA_HOME")
     if target.repository is not None:
@@ -277,8 +300,9 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def _find(target: _Target, home: Path | None, hf_cache: Path | None) -> ModelFolder | None:
-    return next((place for place in _places(target, home, hf_cache) if _problem(place.path) is None), None)
+def _find(target: _Target, home: Path | None, hf_cache: Path | None, *, quantised: bool = False) -> ModelFolder | None:
+    places = _places(target, home, hf_cache, quantised=quantised)
+    return next((place for place in places if _problem(place.path) is None), None)
 
 
 def _not_here(

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -231,6 +232,28 @@ def test_the_order_of_places(tmp_path, places, no_network, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / ALIAS)
     assert hub.resolve(ALIAS, **places) == hub.ModelFolder(Path(ALIAS), "folder")
+
+
+def test_a_copy_quantised_here_is_taken_where_it_is_wanted(tmp_path, places, no_network):
+    original = make_model(places["home"] / "models" / ALIAS)
+    copy = hub.quantised_folder(ALIAS, places["home"])
+    assert copy == places["home"] / "models" / f"{ALIAS}-w8a8-w4a16"
+    assert hub.resolve(ALIAS, quantised=True, **places).path == original
+    make_model(copy)
+    assert hub.resolve(ALIAS, quantised=True, **places) == hub.ModelFolder(copy, "quantised here")
+    assert hub.resolve(f"hf:{ALIAS_REPO}", quantised=True, **places).path == copy
+    assert hub.resolve(ALIAS, **places).path == original
+    assert {row.alias: row.found for row in hub.list_models(**places)}[ALIAS] == copy
+    # The copy alone is a model, and no download of the original.
+    shutil.rmtree(original)
+    assert hub.resolve(ALIAS, quantised=True, **places).path == copy
+    with pytest.raises(ModelNotFound):
+        hub.resolve(ALIAS, **places)
+    (copy / "config.json").unlink()
+    with pytest.raises(ModelNotFound, match="w8a8"):
+        hub.resolve(ALIAS, quantised=True, **places)
+    assert hub.quantised_folder("demo") is None
+    assert hub.quantised_folder("some/folder") is None
 
 
 def test_an_explicit_folder(tmp_path, places, no_network):
