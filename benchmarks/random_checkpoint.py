@@ -1,11 +1,12 @@
 """Write a randomly initialised LLaVA-NeXT or LLaVA-NeXT-Video checkpoint in the layout of the real ones.
 
-    python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16]
+    python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16] [--quantised [--group 128]]
 
 The folder has the tensor names, config keys and tokenizer files of a published checkpoint, so the whole
 path from file to answer runs without a download. Its answers are noise. The weights have the scale of a
 trained model's (unit-variance activations, peaked attention, logits of standard deviation 4), so that a
-wrong position, a lost token or another question changes the answer.
+wrong position, a lost token or another question changes the answer. `--quantised` draws the codes of a W8A8 tower and
+a W4A16 language model themselves: the memory and the speed of such a model, without the time that quantising one takes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import argparse
 import io
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsevila.quant.scheme import Int4Weight, Int8Weight
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -450,18 +455,88 @@ def _write_weights(folder: Path, shape: Shape, seed: int, dtype: torch.dtype, ma
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+# Quantised weights --------------------------------------------------------------------------------------------------
+
+_CODES_STD = {4: 4.61, 8: 42.0}  # of drawn codes: uniform over 16 values, and normal with few beyond 127
+_TEXT_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\..*_proj\.weight")
+_VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\..*\.weight")
+
+
+def write_random_quantised(
+    folder: Path | str, shape: Shape, *, seed: int = 0, dtype: str = "bfloat16", group_size: int = 128
+) -> None:
+    """Write the same model with the matrices of the decoder's layers in 4 bits and of the tower's used layers in 8.
+
+    In compressed-tensors' formats. `dtype` is that of the rest and of the scales. Raises InvalidRequest where `folder`
+    exists. Holds one decoder layer, or the embedding, at a time.
+    """
+    from sparsevila.quant.export import CheckpointWriter
+
+    writer = CheckpointWriter(Path(folder), form="compressed-tensors", fingerprint=f"random {shape} {seed} {dtype}")
+    generator, float_type = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+    units: dict[str, list[tuple[str, _Draw]]] = {}
+    for name, draw in _all_tensors(shape):
+        layer = re.match(r"language_model\.model\.layers\.\d+", name)
+        units.setdefault(layer[0] if layer else "the rest", []).append((name, draw))
+    for unit, draws in units.items():
+        codes = {name: bits for name, _ in draws if (bits := _bits_of(name, shape))}
+        writer.add(
+            unit,
+            dense={name: _draw(name, draw, generator, float_type) for name, draw in draws if name not in codes},
+            quantised={
+                name.removesuffix(".weight"): _draw_codes(draw, codes[name], group_size, generator, float_type)
+                for name, draw in draws
+                if name in codes
+            },
+            record={"drawn": True},
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        write_documents(Path(scratch), shape, dtype=dtype, tokenizer=train_tokenizer())
+        documents = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
+    config = json.loads(documents.pop("config.json"))
+    writer.finish(config, documents=documents, record={"drawn with seed": seed})
+
+
+def _bits_of(name: str, shape: Shape) -> Literal[4, 8] | None:
+    """Width of a tensor's codes; None for one that stays in floats, the unused last layer of the tower among them."""
+    if _TEXT_LAYER.fullmatch(name):
+        return 4
+    match = _VISION_LAYER.fullmatch(name)
+    return 8 if match and int(match[1]) < shape.vision_layers - 1 else None
+
+
+def _draw_codes(
+    draw: _Draw, bits: Literal[4, 8], group_size: int, generator: torch.Generator, dtype: torch.dtype
+) -> Int4Weight | Int8Weight:
+    from sparsevila.quant.scheme import Int4Weight, Int8Weight
+
+    N, K = draw.shape
+    step = draw.std / _CODES_STD[bits]
+    if bits == 8:
+        codes = torch.randn(N, K, generator=generator).mul_(_CODES_STD[8]).round_().clamp_(-127, 127).to(torch.int8)
+        return Int8Weight(codes, torch.full((N,), step, dtype=dtype))
+    nibbles = torch.randint(256, (N, -(-K // 2)), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(7, 9, (N, K // group_size), generator=generator, dtype=torch.uint8)
+    return Int4Weight(nibbles, torch.full(zeros.shape, step, dtype=dtype), zeros, K, group_size)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a randomly initialised LLaVA-NeXT checkpoint.")
     parser.add_argument("folder", type=Path, metavar="OUT")
     parser.add_argument("--preset", required=True, help=f"{', '.join(PRESETS)}, or vicuna-7b-N-layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--quantised", action="store_true", help="W8A8 tower, W4A16 language model")
+    parser.add_argument("--group", type=int, default=128, metavar="N", help="inputs that share a scale in 4 bits")
     args = parser.parse_args(argv)
     try:
         shape = preset(args.preset)
     except ValueError as error:
         parser.error(str(error))
-    write_random_checkpoint(args.folder, shape, seed=args.seed, dtype=args.dtype)
+    if args.quantised:
+        write_random_quantised(args.folder, shape, seed=args.seed, dtype=args.dtype, group_size=args.group)
+    else:
+        write_random_checkpoint(args.folder, shape, seed=args.seed, dtype=args.dtype)
     size = sum(f.stat().st_size for f in args.folder.iterdir() if f.is_file())
     print(f"{args.preset}: {size / 1e6:.1f} MB in {args.folder}")
 

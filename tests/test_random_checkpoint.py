@@ -146,6 +146,29 @@ def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
     assert all(torch.equal(joined[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_quantised_one_loads_and_answers(tmp_path: Path) -> None:
+    from sparsevila import Engine, Image, SamplingParams
+    from sparsevila.models.checkpoint import Checkpoint
+    from sparsevila.models.registry import load_model
+    from sparsevila.quant.linear import W4A16Linear, W8A8Linear
+
+    script.main(["--preset", "tiny", str(tmp_path / "model"), "--quantised", "--group", "32"])
+    with Engine.load(tmp_path / "model", dtype="float32") as engine:
+        assert engine.info.scheme == "W8A8 / W4A16 / float32"
+        picture = torch.randint(256, (150, 200, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        session = engine.session(media=[Image(picture.numpy())])
+        answer = session.ask("What do you see?", params=SamplingParams(max_new_tokens=8))
+        assert len(answer.token_ids) == 8 or answer.finish_reason == "stop"
+    model: Any = load_model(Checkpoint.open(tmp_path / "model"), dtype=torch.float32, device=torch.device("cpu"))
+    assert isinstance(model.decoder.layer(2).mlp.down_proj, W4A16Linear)
+    assert isinstance(model.vision_tower.encoder.layers[2].mlp.fc2, W8A8Linear)
+    # What comes out has the size that a matrix of the dense kind gives: gain 2 for down_proj, 1 for fc2.
+    x = torch.randn(400, 192, generator=torch.Generator().manual_seed(1))
+    assert float(model.decoder.layer(2).mlp.down_proj(x).std()) == pytest.approx(2.0, rel=0.1)
+    x = torch.randn(400, 160, generator=torch.Generator().manual_seed(1))
+    assert float(model.vision_tower.encoder.layers[2].mlp.fc2(x).std()) == pytest.approx(1.0, rel=0.1)
+
+
 def test_seed_changes_the_weights(tmp_path: Path) -> None:
     for seed in (0, 1):
         script.write_random_checkpoint(tmp_path / str(seed), TINY, seed=seed)
