@@ -75,7 +75,7 @@ class Recipe:
     language_grounding: float = 0.15  # the weight of that
     language_muon: float = 0.004
     language_adam: float = 2e-3
-    language_weight_decay: float = 0.05  # of the layers' matrices; without it they grew, and attention ended on single tokens
+    language_weight_decay: float = 0.05  # without it matrices grew, and attention ended on single tokens
     language_decay: float = 0.3  # the last part of the steps, in which the rate falls; the tower's falls all the time
     warmup: int = 100
     seed: int = 0
@@ -462,7 +462,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
-        "--compile", action="store_true", help="fuse with torch.compile: 1.5 to 1.7 times as fast on a CPU, needs a C++ compiler"
+        "--compile",
+        action="store_true",
+        help="fuse with torch.compile: 1.5 to 1.7 times as fast on a CPU, needs a C++ compiler",
     )
     parser.add_argument("--start", type=Path, help="checkpoint to go on from with the second stage, in a new run")
     parser.add_argument("--export", type=Path, help="folder that gets the checkpoint when the training is done")
