@@ -21,12 +21,14 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from .. import __version__
@@ -47,8 +49,18 @@ _INDEX_FILE = "model.safetensors.index.json"
 _PROGRESS_FILE = "progress.json"
 _READY = "ready"  # the folder within the partial one that takes the model's name at the end
 _SHARD = re.compile(r"model(?:-(\d+)-of-\d+)?\.safetensors")
-_MODE = 0o644  # safetensors makes files that their owner alone can read
-_READ_BYTES = 1 << 22
+_MODE = 0o644  # whatever the umask of the process: models are shared
+_ALIGNMENT = 8  # bytes, of the header
+_DTYPES = {  # as safetensors spells them
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class _Unit:
     layers: dict[str, _Layer]
     tensor_bytes: int
     file_bytes: int
+    sha256: str  # of the file, as it was written
 
     @staticmethod
     def from_json(data: bytes) -> _Unit:
@@ -153,10 +166,11 @@ class CheckpointWriter:
     ) -> None:
         """Writes the shard of one unit: when it returns the unit is on the disk.
 
-        `dense` by tensor name, `quantised` by layer name without ".weight", both as the source checkpoint names them;
-        biases are in `dense`. `record` is plain JSON. Holds the unit's tensors at most once more. Raises ValueError
-        for a name that is there already, for a layer that the format cannot hold and for an empty unit.
+        `dense` by tensor name, `quantised` by layer name without ".weight", both as the source checkpoint has them;
+        biases are in `dense`. `record` is plain JSON. Holds the unit's tensors at most once more. Raises ValueError for
+        a name that is there already, for a layer that the format cannot hold and for an empty unit.
         """
+        plain_record = json.loads(_to_json(record))
         if unit in self._progress.units:
             raise ValueError(f"the unit {unit!r} has been added before")
         tensors = dict(dense)
@@ -171,18 +185,17 @@ class CheckpointWriter:
         path = self._shard_path(number)
         temporary = path.with_suffix(".tmp")
         try:
-            save_file(_separate(tensors), temporary, metadata=_summary(layers.values()))
-            temporary.chmod(_MODE)
-            _sync(temporary)
+            sha256 = _write_tensors(temporary, tensors, _summary(layers.values()))
             done = _Unit(
                 number=number,
                 name=unit,
-                record=json.loads(_to_json(record)),
+                record=plain_record,
                 tensors=list(tensors),
                 matrices=[n.removesuffix(".weight") for n, t in dense.items() if n.endswith(".weight") and t.ndim == 2],
                 layers=layers,
                 tensor_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
                 file_bytes=temporary.stat().st_size,
+                sha256=sha256,
             )
             _write(path.with_suffix(".json"), _to_json(asdict(done)))
             temporary.replace(path)  # from here on the unit is there
@@ -305,7 +318,7 @@ class CheckpointWriter:
         return _Layer(bits=4, group_size=weight.group_size, in_features=K, symmetric=self._symmetric)
 
     def _account(self, units: list[_Unit], shards: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
-        """What quantization.json says. Reads every shard."""
+        """What quantization.json says."""
         return {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "sparsevila", "version": __version__},
@@ -324,7 +337,7 @@ class CheckpointWriter:
                 unit.name: {"shard": shard, "record": unit.record} for unit, shard in zip(units, shards, strict=True)
             },
             "shards": {
-                shard: {"bytes": unit.file_bytes, "sha256": _sha256(self._shard_path(unit.number))}
+                shard: {"bytes": unit.file_bytes, "sha256": unit.sha256}
                 for unit, shard in zip(units, shards, strict=True)
             },
         }
@@ -409,18 +422,38 @@ def _summary(layers: Iterable[_Layer]) -> dict[str, str]:
     return {"format": "pt"} | {key: " / ".join(found) for key, found in values.items() if found}
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous and in a memory of its own each, which is what safetensors writes. Copies where needed."""
-    storages: set[int] = set()
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A safetensors file, to the disk; returns its SHA-256. One tensor at a time is copied where it has to be.
 
-    def one(tensor: Tensor) -> Tensor:
-        plain = tensor.detach().cpu().contiguous()
-        if plain.untyped_storage().data_ptr() in storages:
-            plain = plain.clone()
-        storages.add(plain.untyped_storage().data_ptr())
-        return plain
+    Not by the safetensors package, which writes metadata in another order each time: the same content is to give the
+    same bytes. Raises ValueError for a dtype that the format does not have.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each one is aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name}: expected a dtype of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        start: tuple[bytes | memoryview, ...] = (struct.pack("<Q", len(text)), text)
+        for part in chain(start, (_memory(tensors[name]) for name in order)):
+            file.write(part)
+            digest.update(part)
+    path.chmod(_MODE)
+    _sync(path)
+    return digest.hexdigest()
 
-    return {name: one(tensor) for name, tensor in tensors.items()}
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; a copy where it is not contiguous, or not on the CPU."""
+    plain: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return plain
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:
@@ -456,11 +489,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
