@@ -17,7 +17,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, overload
@@ -315,6 +315,23 @@ class Checkpoint:
     def headers(self) -> dict[str, Tensor]:
         """Every tensor's shape and dtype, as a tensor on `meta`."""
         return {n: torch.empty(t.shape, dtype=t.torch_dtype, device="meta") for n, t in self.tensors.items()}
+
+    def part(self, names: Collection[str]) -> Checkpoint:
+        """The same folder with these tensors alone: what reads a checkpoint reads them, and nothing else of a file.
+
+        Raises CorruptCheckpoint for a name that is not there.
+        """
+        wanted = set(names)
+        if missing := sorted(wanted - self.tensors.keys()):
+            raise CorruptCheckpoint(f"tensor {shown(missing[0])} is not in {self.folder}")
+        part = Checkpoint(self.folder)
+        part.config, part.notes = self.config, self.notes
+        part.tensors = {name: info for name, info in self.tensors.items() if name in wanted}
+        return part
+
+    def read_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The tensors of these names, each in fresh memory; CPU, stored dtype. Raises CorruptCheckpoint."""
+        return dict(self.part(names).iter_tensors())
 
     def iter_tensors(self, together: Callable[[str], str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, shard by shard in the order of the bytes; CPU, stored dtype.

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModel
 from ..kernels.saliency import saliency
+from ..quant.awq import HeadGroups
 from ..quant.linear import Linear
+from ..quant.scale_group import ScaledBlock, ScaleGroup
 from .blocks import ACTIVATIONS, empty_embedding
 from .checkpoint import ConfigReader
 
@@ -102,7 +104,9 @@ class _MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class _Layer(nn.Module):
+class ClipLayer(ScaledBlock):
+    """One layer of the tower."""
+
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -120,11 +124,24 @@ class _Layer(nn.Module):
         x = x + self.self_attn.out_proj(attended)
         return x + self.mlp(self.layer_norm2(x)), scores
 
+    def scale_groups(self) -> tuple[ScaleGroup, ...]:
+        """Norms feed qkv and fc1, values reach out_proj as weighted means; before fc2 stands an activation."""
+        attn, mlp = self.self_attn, self.mlp
+        size = attn.out_proj.in_features
+        heads = HeadGroups(attn.num_heads, attn.num_heads, size // attn.num_heads)
+        v = attn.qkv_proj.parts["v_proj"]
+        return (
+            ScaleGroup({"self_attn.qkv_proj": attn.qkv_proj}, self.layer_norm1),
+            ScaleGroup({"self_attn.out_proj": attn.out_proj}, attn.qkv_proj, rows=v, heads=heads),
+            ScaleGroup({"mlp.fc1": mlp.fc1}, self.layer_norm2),
+            ScaleGroup({"mlp.fc2": mlp.fc2}, None, unscaled="an activation stands before it"),
+        )
+
 
 class _Encoder(nn.Module):
     def __init__(self, config: ClipConfig, num_layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(num_layers))
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(num_layers))
 
 
 class ClipTower(nn.Module):
@@ -137,6 +154,16 @@ class ClipTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelled so in every checkpoint
         self.encoder = _Encoder(config, config.layers_run(feature_layer))
 
+    def layer(self, index: int) -> ClipLayer:
+        """The layer `index`, from 0."""
+        layer = self.encoder.layers[index]
+        assert isinstance(layer, ClipLayer)
+        return layer
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> what enters the first layer, (B, 1 + patches, hidden_size)."""
+        return self.pre_layrnorm(self.embeddings(pixels))
+
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes pictures.
 
@@ -144,7 +171,7 @@ class ClipTower(nn.Module):
         and saliency (B, patches) float32: the summary row's softmax weights in the last layer that is run, mean over
         heads. The summary token's own column stays in the denominator (arXiv 2510.17777, section 3.1).
         """
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = self.embed(pixels)
         scores = None
         last = len(self.encoder.layers) - 1
         for i, layer in enumerate(self.encoder.layers):

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModel
 from ..kernels.rope import rope
+from ..quant.awq import HeadGroups
 from ..quant.linear import Linear
+from ..quant.scale_group import ScaledBlock, ScaleGroup
 from .blocks import RMSNorm, empty_embedding
 from .checkpoint import ConfigReader
 from .rotary import RopeConfig
@@ -119,7 +121,7 @@ class _MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(ScaledBlock):
     """One layer, cut where attention happens."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -145,6 +147,34 @@ class DecoderLayer(nn.Module):
         """Output projection, residuals and MLP: hidden (M, hidden_size), attended (H, M, D) -> (M, hidden_size)."""
         hidden = hidden + self.self_attn.o_proj(attended.transpose(0, 1).reshape(hidden.shape[0], -1))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def scale_groups(self) -> tuple[ScaleGroup, ...]:
+        """Norms feed qkv and gate_up; values reach o_proj as weighted means, and silu(gate) * up is linear in up."""
+        attn, mlp = self.self_attn, self.mlp
+        heads = HeadGroups(self.heads[0], self.heads[1], self.head_dim)
+        v, up = attn.qkv_proj.parts["v_proj"], mlp.gate_up_proj.parts["up_proj"]
+        return (
+            ScaleGroup({"self_attn.qkv_proj": attn.qkv_proj}, self.input_layernorm),
+            ScaleGroup({"self_attn.o_proj": attn.o_proj}, attn.qkv_proj, rows=v, heads=heads),
+            ScaleGroup({"mlp.gate_up_proj": mlp.gate_up_proj}, self.post_attention_layernorm),
+            ScaleGroup({"mlp.down_proj": mlp.down_proj}, mlp.gate_up_proj, rows=up),
+        )
+
+
+class DecoderHead(ScaledBlock):
+    """What stands behind the last layer, as a block of its own; its modules have the decoder's names."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (M, hidden_size) -> logits (M, vocab_size)."""
+        return self.lm_head(self.norm(hidden))
+
+    def scale_groups(self) -> tuple[ScaleGroup, ...]:
+        return (ScaleGroup({"lm_head": self.lm_head}, self.norm),)
 
 
 class Decoder(nn.Module):

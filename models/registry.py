@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -23,14 +24,8 @@ _TIED_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.embed_tokens.weight"
 
 
-def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, progress: ProgressFn = no_progress
-) -> VisionLanguageModel:
-    """Builds the checkpoint's model and fills it, strictly.
-
-    Layers that the checkpoint holds quantised stay so; `dtype` is that of everything else and of the activations.
-    Raises UnsupportedModel or CorruptCheckpoint.
-    """
+def build_model(checkpoint: Checkpoint) -> VisionLanguageModel:
+    """The checkpoint's model on `meta`, every layer dense. Raises UnsupportedModel or CorruptCheckpoint."""
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CorruptCheckpoint(f"config.json: architectures: expected one name, got {names!r:.100}")
@@ -42,10 +37,26 @@ def load_model(
     file, _, class_name = target.partition(":")
     model_class = getattr(importlib.import_module(f".{file}", __package__), class_name)
     with torch.device("meta"):
-        model = model_class.from_checkpoint(checkpoint)
+        return model_class.from_checkpoint(checkpoint)
+
+
+def tied_weights(model: VisionLanguageModel) -> dict[str, str]:
+    """Parameters that share another one where the checkpoint leaves them out, by the model's names."""
+    return {_TIED_HEAD: _EMBEDDING} if model.decoder.config.tie_word_embeddings else {}
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, progress: ProgressFn = no_progress
+) -> VisionLanguageModel:
+    """Builds the checkpoint's model and fills it, strictly.
+
+    Layers that the checkpoint holds quantised stay so; `dtype` is that of everything else and of the activations.
+    Raises UnsupportedModel or CorruptCheckpoint.
+    """
+    model: Any = build_model(checkpoint)
     plan = QuantPlan.of(model, checkpoint.headers(), model.rename, _quantization_config(checkpoint))
     plan.apply(model)
-    tied = {_TIED_HEAD: _EMBEDDING} if model.decoder.config.tie_word_embeddings else {}
+    tied = tied_weights(model)
     load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, plan=plan, progress=progress)
     return model.eval()
 
