@@ -87,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--max-memory", metavar="SIZE", help="a promise, e.g. 6GiB")
     machine.add_argument("--ctx", default="auto", metavar="auto|N", help="context in tokens")
     machine.add_argument("--threads", default="auto", metavar="auto|N", help="CPU threads of torch")
+    machine.add_argument(
+        "--quantize",
+        default="auto",
+        choices=["auto", "never"],
+        help="auto: use the quantised copy of the model, and offer to make one once",
+    )
     machine.add_argument("--offline", action="store_true", help="never use the network, and ask nothing about it")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -235,15 +241,20 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
             max_memory=args.max_memory,
             max_context=context,
             offline=args.offline,
+            quantised=args.quantize == "auto",
             progress=screen.progress,
         )
 
+    may_ask = questions is None and sys.stderr.isatty() and not args.json
+    if may_ask and args.quantize == "auto":
+        offer_quantised(args.model, screen)
     try:
         engine = load_once()
     except ModelNotFound as error:
-        may_ask = questions is None and sys.stderr.isatty() and not args.offline and not args.json
-        if not may_ask or not offer_download(args.model, screen, error):
+        if not may_ask or args.offline or not offer_download(args.model, screen, error):
             raise
+        if args.quantize == "auto":
+            offer_quantised(args.model, screen)
         engine = load_once()
     with engine:
         screen.clear_progress()
@@ -323,13 +334,43 @@ def offer_download(model: str, screen: terminal.Screen, error: ModelNotFound) ->
         return False
     repository, size = sizes[model]
     report_error(screen, error)
-    sys.stderr.write(f"Download {repository}{size}? [y/N] ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not _agreed(f"Download {repository}{size}?"):
         raise SystemExit(error.exit_code)
     hub.download(model, progress=screen.progress)
     screen.clear_progress()
     return True
+
+
+def offer_quantised(model: str, screen: terminal.Screen) -> None:
+    """Ask at the terminal whether to quantise a large model that is here in floats; make the copy after a yes."""
+    if model == "demo":
+        return  # it is small, and asking about it would import torch before anything is shown
+    from sparsevila.engine import quantised_copy
+
+    plan = quantised_copy.plan_copy(model)
+    if plan is None:
+        return
+    cost = plan.cost
+    sizes = [terminal.format_bytes(size) for size in (cost.source_bytes, cost.out_bytes, cost.memory_bytes)]
+    screen.note(
+        f"{model} has {sizes[0]} of weights. A quantised copy (W8A8 vision, W4A16 language) takes {sizes[1]}, on the "
+        f"disk and in memory, and decodes faster. Making it once needs about {sizes[2]} of memory and, without a GPU, "
+        "up to an hour; Ctrl-C pauses it."
+    )
+    if not _agreed("Quantise it now? (--quantize never stops asking)"):
+        return
+    try:
+        quantised_copy.make_copy(plan, progress=screen.progress)
+    except KeyboardInterrupt:
+        screen.clear_progress()
+        screen.note("paused: the next start asks again and goes on from there")
+    screen.clear_progress()
+
+
+def _agreed(question: str) -> bool:
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def run_models(argv: list[str], screen: terminal.Screen) -> int:

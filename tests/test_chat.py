@@ -16,6 +16,7 @@ from sparsevila import chat, errors
 from sparsevila.engine import commands, hub
 from sparsevila.engine.chat_loop import Chat, banner
 from sparsevila.engine.config import EngineInfo, Image, SamplingParams, Sparsity, Video
+from sparsevila.engine.quantise import QuantSettings
 from sparsevila.engine.terminal import Screen
 
 
@@ -198,7 +199,14 @@ def test_flags_reach_the_engine(run: Any, clip: str, tmp_path: Path) -> None:
     assert (
         run("--prompt", "x", *machine, *media, *sampling, "--stop", "A", "--stop", "B", "--system", "@system.txt") == 0
     )
-    options = {"device": "cpu", "dtype": "float32", "max_memory": "2GiB", "max_context": 512, "offline": True}
+    options = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_memory": "2GiB",
+        "max_context": 512,
+        "offline": True,
+        "quantised": True,
+    }
     assert run.engine.options == options
     session = run.engine.sessions[0]
     assert session.system == "Be brief."
@@ -282,6 +290,58 @@ def test_an_unknown_name_is_not_offered_for_download(monkeypatch: pytest.MonkeyP
     assert chat.main(["--model", "missing", "--plain"], load=fake_engine.load) == 3  # type: ignore[arg-type]
     assert stdin.tell() == 0
     assert "Download" not in stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("typed", "flags", "made", "asked"),
+    [
+        ("y", [], ["made"], True),
+        ("", [], [], True),
+        ("y", ["--quantize", "never"], [], False),
+        ("y", ["--prompt", "Hi"], [], False),
+    ],
+)
+def test_a_large_model_is_quantised_after_a_yes(
+    typed: str, flags: list[str], made: list[str], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsevila.engine import quantised_copy
+
+    plan = quantised_copy.CopyPlan(
+        Path("a"), Path("b"), QuantSettings(), quantised_copy.QuantCost(14_100_000_000, 4_200_000_000, 3_500_000_000)
+    )
+    got: list[str] = []
+    stderr = Tty()
+    monkeypatch.setattr(quantised_copy, "plan_copy", lambda model: plan)
+    monkeypatch.setattr(quantised_copy, "make_copy", lambda plan, *, progress: got.append("made"))
+    monkeypatch.setattr("sys.stdin", Tty(f"{typed}\n/exit\n"))
+    monkeypatch.setattr("sys.stderr", stderr)
+    wanted: list[bool] = []
+
+    def load(model: str, *, quantised: bool, **options: Any) -> fake_engine.FakeEngine:
+        wanted.append(quantised)
+        return fake_engine.load(model, **options)
+
+    assert chat.main(["--model", "llava-next-7b", "--plain", *flags], load=load) == 0  # type: ignore[arg-type]
+    assert got == made
+    assert ("14.1 GB of weights" in stderr.getvalue()) == ("Quantise it now?" in stderr.getvalue()) == asked
+    assert wanted == ["never" not in flags]
+
+
+def test_quantising_may_be_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsevila.engine import quantised_copy
+
+    def make_copy(plan: object, *, progress: object) -> None:
+        raise KeyboardInterrupt
+
+    cost = quantised_copy.QuantCost(14_100_000_000, 4_200_000_000, 3_500_000_000)
+    plan = quantised_copy.CopyPlan(Path("a"), Path("b"), QuantSettings(), cost)
+    stderr = Tty()
+    monkeypatch.setattr(quantised_copy, "plan_copy", lambda model: plan)
+    monkeypatch.setattr(quantised_copy, "make_copy", make_copy)
+    monkeypatch.setattr("sys.stdin", Tty("y\n/exit\n"))
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert chat.main(["--model", "llava-next-7b", "--plain"], load=fake_engine.load) == 0  # type: ignore[arg-type]
+    assert "goes on from there" in stderr.getvalue()
 
 
 def test_models_get(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
