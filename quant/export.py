@@ -452,8 +452,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a tensor; a copy where it is not contiguous, or not on the CPU."""
-    plain: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return plain
+    plain = tensor.detach().cpu().contiguous()
+    # A contiguous tensor of one element may have any stride, which `view(dtype)` refuses.
+    found: memoryview = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
+    return found
 
 
 def _to_json(values: Mapping[str, Any]) -> bytes:

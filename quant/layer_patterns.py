@@ -57,8 +57,9 @@ def dense_parts(dense: Iterable[str], quantised: Collection[str]) -> tuple[str, 
             continue
         plain = _plain(name)
         pieces = plain.split(".")
-        within_stack = len(name) != len(plain) and _place(name) is not None
-        lengths = [len(pieces)] if within_stack else range(1, len(pieces) + 1)
+        stacked = _STACKED.fullmatch(plain)
+        in_decoder = stacked is not None and not stacked["owner"]  # a part of such a name begins differently in memory
+        lengths = [len(pieces)] if in_decoder else range(1, len(pieces) + 1)
         candidates = (".".join(pieces[:length]) for length in lengths)
         free = (part for part in candidates if not any(part in other for other in quantised))
         part = next(free, None)
