@@ -1,7 +1,7 @@
 """Dense against sparse, end to end, in one run of one build.
 
     python benchmarks/latency.py --model PATH --video clip.mp4 [--frames N] [--tokens 64] [--json OUT]
-    python benchmarks/latency.py --random 0.5b --video clip.mp4 --frames 64
+    python benchmarks/latency.py --random 0.5b --video clip.mp4 --frames 64 [--llm w4a16] [--vision w8a8]
 
 `--random PRESET` builds a randomly initialised checkpoint of that shape first (see random_checkpoint.py): its answers
 are noise, its speed is that of the shape. Each policy decodes exactly `--tokens` tokens (no end token stops it).
@@ -25,7 +25,7 @@ from sparsevila import Engine, Image, SamplingParams, Sparsity, Video
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from environment import describe
-from random_checkpoint import preset, write_random_checkpoint
+from random_checkpoint import preset, write
 
 STAGES = ("encode", "prefill", "retrieval", "decode")
 QUESTIONS = ("What happens in this picture, from the beginning to the end?", "Which things are on the left side?")
@@ -116,6 +116,8 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder, alias or hf:USER/REPO")
     source.add_argument("--random", metavar="PRESET", help="tiny, 0.5b, vicuna-7b-N-layers")
+    parser.add_argument("--llm", default="none", choices=["w4a16", "none"], help="precision of --random's decoder")
+    parser.add_argument("--vision", default="none", choices=["w8a8", "none"], help="precision of --random's tower")
     item = parser.add_mutually_exclusive_group(required=True)
     item.add_argument("--image", type=Path)
     item.add_argument("--video", type=Path)
@@ -138,8 +140,8 @@ def main() -> None:
     with ExitStack() as stack:
         folder = args.model
         if args.random:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            write_random_checkpoint(folder, preset(args.random))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+            write(folder, preset(args.random), llm=args.llm, vision=args.vision)
         engine = stack.enter_context(Engine.load(folder, device=args.device, dtype=args.dtype))
         engine.tokenizer.eos_ids = ()  # every answer has the same length
         engine.warmup()

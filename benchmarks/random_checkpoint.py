@@ -1,12 +1,14 @@
 """Write a randomly initialised LLaVA-NeXT or LLaVA-NeXT-Video checkpoint in the layout of the real ones.
 
-    python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16] [--quantised [--group 128]]
+    python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16]
+        [--llm w4a16] [--vision w8a8] [--group 128]
 
 The folder has the tensor names, config keys and tokenizer files of a published checkpoint, so the whole
 path from file to answer runs without a download. Its answers are noise. The weights have the scale of a
 trained model's (unit-variance activations, peaked attention, logits of standard deviation 4), so that a
-wrong position, a lost token or another question changes the answer. `--quantised` draws the codes of a W8A8 tower and
-a W4A16 language model themselves: the memory and the speed of such a model, without the time that quantising one takes.
+wrong position, a lost token or another question changes the answer. `--llm` and `--vision` draw the codes
+of a W4A16 language model and of a W8A8 tower themselves: the memory and the speed of such a model, without
+the time that quantising one takes.
 """
 
 from __future__ import annotations
@@ -463,12 +465,19 @@ _VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\
 
 
 def write_random_quantised(
-    folder: Path | str, shape: Shape, *, seed: int = 0, dtype: str = "bfloat16", group_size: int = 128
+    folder: Path | str,
+    shape: Shape,
+    *,
+    llm: bool = True,
+    vision: bool = True,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    group_size: int = 128,
 ) -> None:
     """Write the same model with the matrices of the decoder's layers in 4 bits and of the tower's used layers in 8.
 
-    In compressed-tensors' formats. `dtype` is that of the rest and of the scales. Raises InvalidRequest where `folder`
-    exists. Holds one decoder layer, or the embedding, at a time.
+    In compressed-tensors' formats; without `llm` or `vision` that part stays in floats. `dtype` is that of the rest and
+    of the scales. Raises InvalidRequest where `folder` exists. Holds one decoder layer, or the rest, at a time.
     """
     from sparsevila.quant.export import CheckpointWriter
 
@@ -479,7 +488,8 @@ def write_random_quantised(
         layer = re.match(r"language_model\.model\.layers\.\d+", name)
         units.setdefault(layer[0] if layer else "the rest", []).append((name, draw))
     for unit, draws in units.items():
-        codes = {name: bits for name, _ in draws if (bits := _bits_of(name, shape))}
+        wanted = [bits for bits, asked in ((4, llm), (8, vision)) if asked]
+        codes = {name: bits for name, _ in draws if (bits := _bits_of(name, shape)) in wanted}
         writer.add(
             unit,
             dense={name: _draw(name, draw, generator, float_type) for name, draw in draws if name not in codes},
@@ -495,6 +505,17 @@ def write_random_quantised(
         documents = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
     config = json.loads(documents.pop("config.json"))
     writer.finish(config, documents=documents, record={"drawn with seed": seed})
+
+
+def write(
+    folder: Path, shape: Shape, *, llm: str, vision: str, seed: int = 0, dtype: str = "bfloat16", group: int = 128
+) -> None:
+    """Either kind, by the words of the command line."""
+    if llm == vision == "none":
+        write_random_checkpoint(folder, shape, seed=seed, dtype=dtype)
+        return
+    parts = {"llm": llm != "none", "vision": vision != "none"}
+    write_random_quantised(folder, shape, **parts, seed=seed, dtype=dtype, group_size=group)
 
 
 def _bits_of(name: str, shape: Shape) -> Literal[4, 8] | None:
@@ -526,17 +547,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", required=True, help=f"{', '.join(PRESETS)}, or vicuna-7b-N-layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--quantised", action="store_true", help="W8A8 tower, W4A16 language model")
+    parser.add_argument("--llm", default="none", choices=["w4a16", "none"])
+    parser.add_argument("--vision", default="none", choices=["w8a8", "none"])
     parser.add_argument("--group", type=int, default=128, metavar="N", help="inputs that share a scale in 4 bits")
     args = parser.parse_args(argv)
     try:
         shape = preset(args.preset)
     except ValueError as error:
         parser.error(str(error))
-    if args.quantised:
-        write_random_quantised(args.folder, shape, seed=args.seed, dtype=args.dtype, group_size=args.group)
-    else:
-        write_random_checkpoint(args.folder, shape, seed=args.seed, dtype=args.dtype)
+    write(args.folder, shape, llm=args.llm, vision=args.vision, seed=args.seed, dtype=args.dtype, group=args.group)
     size = sum(f.stat().st_size for f in args.folder.iterdir() if f.is_file())
     print(f"{args.preset}: {size / 1e6:.1f} MB in {args.folder}")
 

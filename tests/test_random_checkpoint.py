@@ -152,7 +152,7 @@ def test_a_quantised_one_loads_and_answers(tmp_path: Path) -> None:
     from sparsevila.models.registry import load_model
     from sparsevila.quant.linear import W4A16Linear, W8A8Linear
 
-    script.main(["--preset", "tiny", str(tmp_path / "model"), "--quantised", "--group", "32"])
+    script.main(["--preset", "tiny", str(tmp_path / "model"), "--llm", "w4a16", "--vision", "w8a8", "--group", "32"])
     with Engine.load(tmp_path / "model", dtype="float32") as engine:
         assert engine.info.scheme == "W8A8 / W4A16 / float32"
         picture = torch.randint(256, (150, 200, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
