@@ -1,0 +1,132 @@
+"""Our W4A16 language model, dense and sparse, beside llama.cpp's Q4_0 on the same sizes, in one run on a CPU.
+
+    python -m venv PEER && PEER/bin/pip install llama-cpp-python==0.3.36 gguf
+    python benchmarks/peers/llama_cpp.py --peer PEER/bin/python --work FOLDER [--layers 4] [--threads 2] [--json OUT]
+
+A LLaVA-NeXT of Vicuna-7B's widths with fewer layers, random weights on both sides, one square picture (2,928 visual
+tokens) and a question. llama.cpp gets as many text tokens as our prompt has positions: its own image path is not
+measured, so our encoder stands in a row of its own and is in no total that is compared. Both decode a fixed number of
+tokens. Rounds take turns; medians. Q4_0 has 4.5 bits a weight and a 4-bit output matrix, ours 4.25 (with float32 scales
+in memory 4.5) and a bfloat16 one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsevila import Engine, Image, SamplingParams, Sparsity
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from environment import describe
+from random_checkpoint import preset, write_random_quantised
+
+SIDE = 672  # pixels: two tiles by two and the base view
+QUESTION = "What happens in this picture, from the beginning to the end?"
+TOKENS = (64, 256)
+POLICIES = {"dense": Sparsity(), "sparse 60/75": Sparsity(0.60, 0.75), "sparse 75/90": Sparsity(0.75, 0.90)}
+
+
+def our_round(engine: Engine, policy: Sparsity) -> dict[str, float]:
+    """Milliseconds of each stage, and decode at each length; one answer per length."""
+    row: dict[str, float] = {}
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    for tokens in TOKENS:
+        engine.forget_features()
+        session = engine.session(media=[Image(pixels)], sparsity=policy)
+        stats = session.ask(QUESTION, params=SamplingParams(max_new_tokens=tokens)).stats
+        assert stats.output_tokens == tokens, f"expected {tokens} tokens, got {stats.output_tokens}"
+        session.close()
+        row["encode"] = stats.encode_s * 1e3
+        row["prefill"] = min(row.get("prefill", float("inf")), (stats.prefill_s + stats.retrieval_s) * 1e3)
+        row[f"decode {tokens}"] = stats.decode_s * 1e3
+        row["visual"], row["prompt"] = stats.visual_tokens_total, stats.prompt_tokens
+    return row
+
+
+def their_round(peer: str, work: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    (work / "shape.json").write_text(json.dumps(shape))
+    script = Path(__file__).with_name("llama_cpp_rows.py")
+    command = [peer, str(script), str(work / f"q4_0-{shape['layers']}.gguf"), str(work / "shape.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"llama.cpp failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if shape["rounds"] else {}
+    return found
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: median(row[key] for row in rounds) for key in rounds[0]}
+
+
+def totals(row: dict[str, float]) -> dict[str, float]:
+    return {f"total {tokens}": row["prefill"] + row[f"decode {tokens}"] for tokens in TOKENS}
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    columns = ["prefill", *(f"{what} {tokens}" for tokens in TOKENS for what in ("decode", "total"))]
+    print(f"{'ms':>22} {'encode':>9} " + " ".join(f"{c:>11}" for c in columns))
+    for name, row in rows.items():
+        encode = f"{row['encode']:.0f}" if "encode" in row else "-"
+        print(f"{name:>22} {encode:>9} " + " ".join(f"{row[c]:>11.0f}" for c in columns))
+    theirs = rows["llama.cpp Q4_0"]
+    for name in POLICIES:
+        gains = ", ".join(f"{c} {theirs[c] / rows[name][c]:.2f}x" for c in columns)
+        print(f"llama.cpp over {name}: {gains}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our language model beside llama.cpp's, in one run on a CPU.")
+    parser.add_argument("--peer", required=True, help="python of an environment with llama-cpp-python and gguf")
+    parser.add_argument("--work", type=Path, required=True, help="a folder for both models; kept")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    shape = replace(preset(f"vicuna-7b-{args.layers}-layers"), max_positions=4096)
+    folder = args.work / f"vicuna-7b-{args.layers}-layers"
+    if not folder.exists():
+        write_random_quantised(folder, shape)
+    theirs = {
+        "hidden": shape.text_hidden, "ffn": shape.text_ffn, "layers": shape.text_layers, "heads": shape.text_heads,
+        "kv_heads": shape.text_kv_heads, "vocab": shape.vocab_size, "context": 4096, "threads": args.threads,
+        "tokens": TOKENS, "prompt": 0, "rounds": 0,
+    }  # fmt: skip
+    their_round(args.peer, args.work, theirs)  # writes its model
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*POLICIES, "llama.cpp Q4_0")}
+    with Engine.load(folder, device="cpu", dtype="bfloat16") as engine:
+        engine.tokenizer.eos_ids = ()
+        engine.warmup()
+        for _ in range(args.rounds):
+            for name, policy in POLICIES.items():
+                rounds[name].append(our_round(engine, policy))
+            theirs |= {"prompt": int(rounds["dense"][0]["prompt"]), "rounds": 1}
+            found = their_round(args.peer, args.work, theirs)
+            rounds["llama.cpp Q4_0"] += found["rounds"]
+        scheme = engine.info.scheme
+    rows = {name: (row := medians(each)) | totals(row) for name, each in rounds.items()}
+    print(
+        f"{args.layers} layers of Vicuna-7B's widths, {scheme}, {int(rows['dense']['visual'])} visual tokens, prompt "
+        f"{int(rows['dense']['prompt'])}, {args.threads} threads, median of {args.rounds}; llama-cpp-python "
+        f"{found['version']}"
+    )
+    print_table(rows)
+    if args.json:
+        result = {"environment": describe(), "scheme": scheme, "peer": found["version"], "sizes": theirs, "rows": rows}
+        args.json.write_text(json.dumps({**result, "rounds": rounds}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
