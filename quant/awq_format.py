@@ -14,7 +14,7 @@ gemv_fast: with r = n % 4, b = k // 64, c = k % 64 // 32, i = k % 32 // 8, m = k
 N output features, K input features, g group size, G = K / g. Source: AutoAWQ 0.2.9, `awq/modules/linear`.
 
 Memory: beside the layer's own tensors reading takes at most 4 times the bytes of `qweight`, result included; gemv
-keeps the file's tensor as the result.
+keeps the file's tensor as the result. Writing takes little more than the result.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SUFFIXES = ("qweight", "qzeros", "scales")
 _WORD = 8  # nibbles in an int32
 _NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]  # gemm
 _LOW_COLUMNS, _HIGH_COLUMNS = [0, 4, 1, 5], [2, 6, 3, 7]  # gemm: those in the low and high nibbles of a word's bytes
+_ROWS_AT_ONCE = 512  # gemm: packed at a time; a multiple of 8
 _ROWS, _BLOCK = 4, 64  # gemv_fast: what one row of int16 interleaves, and the columns after which it repeats
 _ZERO_TOLERANCE = 0.05  # gemv_fast: -qzeros / scales is off by at most 15 * 2**-11 from float16's rounding
 
@@ -146,11 +147,19 @@ def _gemm_codes(words: Tensor) -> Tensor:
 
 def _gemm_words(codes: Tensor, K: int) -> Tensor:
     """(N, ceil(K / 2)) uint8 as in `Int4Weight` -> (K, N / 8) int32, the inverse of `_gemm_codes`."""
+    words = torch.empty(K, len(codes) // _WORD, dtype=torch.int32, device=codes.device)
+    for rows in range(0, len(codes), _ROWS_AT_ONCE):  # what is in between takes four times the memory of its rows
+        part = _gemm_words_of_rows(codes[rows : rows + _ROWS_AT_ONCE], K)
+        words[:, rows // _WORD : rows // _WORD + part.shape[1]] = part
+    return words
+
+
+def _gemm_words_of_rows(codes: Tensor, K: int) -> Tensor:
     N, pairs = codes.shape
     by_word = codes.reshape(N // _WORD, _WORD, pairs)
     even, odd = _swap(by_word[:, _LOW_COLUMNS], by_word[:, _HIGH_COLUMNS])  # (N / 8, 4, K / 2) each
     by_byte = torch.stack((even, odd), dim=3).permute(0, 2, 3, 1)  # (N / 8, K / 2, 2, 4)
-    return as_int32(by_byte.reshape(N // _WORD, 8 * pairs))[:, :K].t().contiguous()
+    return as_int32(by_byte.reshape(N // _WORD, 8 * pairs))[:, :K].t()
 
 
 # gemv and gemv_fast -------------------------------------------------------------------------------------------------

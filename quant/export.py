@@ -234,6 +234,7 @@ class CheckpointWriter:
             self._shard_path(unit.number).replace(ready / shard)
         _write(ready / _CONFIG_FILE, _to_json({**config, "quantization_config": quantization.to_dict()}))
         self._refuse_existing()
+        _sync(ready)
         ready.rename(self._folder)
         _sync(self._folder.parent)
         shutil.rmtree(self._partial)
