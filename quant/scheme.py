@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.w4a16 import unpack_nibbles
+
 
 @dataclass(frozen=True, eq=False)
 class Int4Weight:
@@ -85,9 +87,3 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return codes[:, ::2] | (codes[:, 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of `pack_nibbles`: (N, in_features) uint8."""
-    both = torch.stack((packed & 15, packed >> 4), dim=2)
-    return both.flatten(1)[:, :in_features]
