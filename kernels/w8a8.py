@@ -2,7 +2,9 @@
 
     y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
 
-a and act_scale are `quantize_rows` of the input. The sum is exact in int32, the rest float32.
+a and act_scale are `quantize_rows` of the input. The sum is exact in int32, the rest float32. On a CPU with int8
+instructions the weights are kept once, in the order that oneDNN multiplies in (`pack_w8a8`): torch's own int8 product
+would bring them into that order at every call.
 Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N outputs, K inputs.
 """
 
@@ -16,28 +18,59 @@ from .quantize_rows import quantize_rows, quantize_rows_ref
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
 
+_PRODUCT_ROWS = 4096  # int32 sums of as many rows exist at a time
+_STEP_ENTRIES = 1 << 18  # of these, as many are float32 at a time, so that the passes over them meet in the L2 cache
+
 _CUDA_MULTIPLE = 8  # of K and N in torch's int8 product on CUDA
 _CUDA_MIN_ROWS = 17
+
+
+def pack_w8a8(codes: Tensor) -> Tensor:
+    """codes (N, K) int8 -> what `w8a8` reads fastest on their device, once, at load.
+
+    On a CPU an opaque tensor of oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which
+    is neither copied nor read by other operations; elsewhere, and on a CPU without int8 instructions, the codes.
+    """
+    if codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        return packed
+    return codes.contiguous()
 
 
 def w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
-    weight (N, K) int8, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any float or None. Raises
+    weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any float or None. Raises
     ValueError where shapes or dtypes differ.
     """
     _check(x, weight, scales, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     codes, act_scales = quantize_rows(rows)
-    out = _int8_product(codes, weight).float()  # (M, N)
-    out.mul_(act_scales[:, None]).mul_(scales)
-    if bias is not None:
-        out.add_(bias)
-    return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    out = torch.empty(rows.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
+    wide_bias = None if bias is None else bias.float()
+    for start in range(0, rows.shape[0], _PRODUCT_ROWS):
+        part = slice(start, start + _PRODUCT_ROWS)
+        if weight.is_mkldnn:
+            product = _packed_product(codes[part], weight, scales)
+            _finish(product, act_scales[part], None, wide_bias, out[part])
+        else:
+            _finish(_int8_product(codes[part], weight), act_scales[part], scales, wide_bias, out[part])
+    return out.reshape(*x.shape[:-1], scales.shape[0])
+
+
+def _finish(product: Tensor, act_scales: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """product (M, N) int32, or float32 and scaled by output -> out (M, N), a few rows at a time in float32."""
+    step = max(1, _STEP_ENTRIES // out.shape[1]) if out.device.type == "cpu" else max(1, out.shape[0])
+    for start in range(0, out.shape[0], step):
+        part = slice(start, start + step)
+        wide = product[part].float().mul_(act_scales[part, None])
+        if scales is not None:
+            wide.mul_(scales)
+        out[part] = wide if bias is None else wide.add_(bias)
 
 
 def w8a8_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition in float64."""
+    """The definition in float64, of weights that are not packed."""
     _check(x, weight, scales, bias)
     codes, act_scales = quantize_rows_ref(x.reshape(-1, x.shape[-1]))
     inputs = codes.double() * act_scales.double()[:, None]
@@ -48,17 +81,25 @@ def w8a8_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = No
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or weight.dtype != torch.int8 or weight.shape[1] > MAX_IN_FEATURES:
-        raise ValueError(
-            f"expected weight (N, K) int8 with K at most {MAX_IN_FEATURES}, got {tuple(weight.shape)} {weight.dtype}"
-        )
-    N, K = weight.shape
+    shape = tuple(reversed(weight.shape)) if weight.is_mkldnn else tuple(weight.shape)
+    if len(shape) != 2 or weight.dtype != torch.int8 or shape[1] > MAX_IN_FEATURES:
+        raise ValueError(f"expected weight (N, K) int8 with K at most {MAX_IN_FEATURES}, got {shape} {weight.dtype}")
+    N, K = shape
     if x.ndim < 1 or x.shape[-1] != K:
         raise ValueError(f"expected x (..., {K}), got {tuple(x.shape)}")
     if scales.shape != (N,) or scales.dtype != torch.float32:
         raise ValueError(f"expected scales ({N},) float32, got {tuple(scales.shape)} {scales.dtype}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
+
+
+def _packed_product(a: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """a (M, K) int8, weight from `pack_w8a8` -> (M, N) float32: the exact sums, scaled by output."""
+    no_shift = torch.zeros(scales.shape[0], dtype=torch.int32)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        a, 1.0, 0, weight, scales, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return out
 
 
 def _int8_product(a: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.w4a16 import W4A16Layout, pack_w4a16, w4a16
-from ..kernels.w8a8 import w8a8
+from ..kernels.w8a8 import pack_w8a8, w8a8
 from .scheme import Int4Weight, Int8Weight
 
 StoredWeight = Tensor | Int4Weight | Int8Weight
@@ -152,13 +152,14 @@ class W8A8Linear(_QuantisedLinear):
 
     def __init__(self, in_features: int, parts: int | Mapping[str, int], *, bias: bool = False) -> None:
         super().__init__(in_features, parts, bias=bias)
-        self.qweight: nn.Parameter | None = None  # (out_features, in_features) int8
+        self.qweight: nn.Parameter | None = None  # see kernels/w8a8.py
         self.scales: nn.Parameter | None = None  # (out_features,) float32
 
     def _pack(self, parts: list[Int4Weight | Int8Weight], device: torch.device) -> None:
         found = [part for part in parts if isinstance(part, Int8Weight)]
         assert len(found) == len(parts)
-        self.qweight = nn.Parameter(torch.cat([part.codes.to(device) for part in found]), requires_grad=False)
+        codes = torch.cat([part.codes.to(device) for part in found])
+        self.qweight = nn.Parameter(pack_w8a8(codes), requires_grad=False)
         scales = torch.cat([part.scales.to(device, torch.float32) for part in found])
         self.scales = nn.Parameter(scales, requires_grad=False)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.w4a16 import unpack_nibbles
+from ..kernels.w4a16 import unpack_nibbles as unpack_nibbles  # the other half of `pack_nibbles`
 
 
 @dataclass(frozen=True, eq=False)

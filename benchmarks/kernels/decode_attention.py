@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,18 +17,12 @@ from sparsevila.kernels.decode_attention import decode_attention, decode_attenti
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe
+from timing import milliseconds
 
 # query heads, key heads, keys of segment a, keys of segment b, head dimension
 SHAPES = [(28, 4, 16128, 256, 128), (28, 4, 1613, 256, 128), (32, 32, 2880, 128, 128), (32, 8, 2880, 128, 128)]
 ROUNDS = 7
 ROOM = 256
-
-
-def milliseconds(call: Callable[[], object], repeat: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    return (time.perf_counter() - start) / repeat * 1e3
 
 
 def measure(H: int, H_kv: int, A: int, B: int, D: int) -> dict[str, float]:

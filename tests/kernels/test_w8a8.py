@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsevila.kernels import w8a8 as module
 from sparsevila.kernels.quantize_rows import quantize_rows, quantize_rows_ref
-from sparsevila.kernels.w8a8 import MAX_IN_FEATURES, w8a8, w8a8_ref
+from sparsevila.kernels.w8a8 import MAX_IN_FEATURES, pack_w8a8, w8a8, w8a8_ref
 
 # The int32 sum is exact; what is left are three float32 roundings and the one to x's dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -50,6 +51,17 @@ class TestQuantizeRows:
         assert codes.long().abs().amax(1).eq(127).all()
         assert (codes.double() * scales.double()[:, None] - x.double()).abs().le(scales.double()[:, None] * 0.501).all()
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_row_after_row_and_nothing_is_changed(self, dtype):
+        x = inputs(600, 342, dtype)  # more than one step
+        kept = x.clone()
+        codes, scales = quantize_rows(x)
+        assert torch.equal(x, kept)
+        rows = [quantize_rows(row[None]) for row in x]
+        assert torch.equal(codes, torch.cat([row[0] for row in rows]))
+        assert torch.equal(scales, torch.cat([row[1] for row in rows]))
+        assert torch.equal(scales, x.float().abs().amax(1) / 127)
+
     def test_ties_go_to_even(self):
         x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
         assert quantize_rows(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -2]]
@@ -78,10 +90,11 @@ class TestQuantizeRows:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_against_the_definition(M, N, K, dtype):
+@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+def test_against_the_definition(M, N, K, dtype, pack):
     x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
-    got = w8a8(x, codes, scales, bias)
+    got = w8a8(x, pack(codes), scales, bias)
     assert got.dtype == dtype
     want = w8a8_ref(x, codes, scales, bias)
     # Where product and bias cancel, what counts is the size of the two.
@@ -97,11 +110,24 @@ def test_against_the_product_of_floats():
     assert 1e-4 < error(w8a8(x, codes, scales), exact) < 0.1
 
 
-def test_the_longest_sum_stays_in_int32():
+@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+def test_the_longest_sum_stays_in_int32(pack):
     x = torch.full((1, MAX_IN_FEATURES), -1.0)
     codes = torch.full((2, MAX_IN_FEATURES), -128, dtype=torch.int8)
-    got = w8a8(x, codes, torch.ones(2))
+    got = w8a8(x, pack(codes), torch.ones(2))
     assert error(got, torch.full((1, 2), 128.0 * MAX_IN_FEATURES, dtype=torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [(600, 342, 128), (130, 4304, 16), (65, 72, 3420)])
+def test_rows_in_several_steps(monkeypatch, M, N, K, biased, pack):
+    x, (codes, scales) = inputs(M, K), weights(N, K)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(0)) if biased else None
+    kept = x.clone()
+    monkeypatch.setattr(module, "_PRODUCT_ROWS", 64)
+    assert error(w8a8(x, pack(codes), scales, bias), w8a8_ref(x, codes, scales, bias)) < 1e-5
+    assert torch.equal(x, kept)
 
 
 def test_leading_dimensions_and_no_rows():
@@ -110,6 +136,15 @@ def test_leading_dimensions_and_no_rows():
     assert torch.equal(w8a8(x.view(2, 3, 64), codes, scales), want.view(2, 3, 5))
     assert torch.equal(w8a8(x[0], codes, scales), want[0])
     assert w8a8(x[:0], codes, scales).shape == (0, 5)
+    assert w8a8(x[:0], pack_w8a8(codes), scales).shape == (0, 5)
+
+
+def test_packed_weights_of_another_shape_are_refused():
+    x, (codes, scales) = inputs(2, 64), weights(5, 64)
+    with pytest.raises(ValueError, match=r"expected x \(\.\.\., 64\)"):
+        w8a8(x[:, 1:], pack_w8a8(codes), scales)
+    with pytest.raises(ValueError, match="expected scales"):
+        w8a8(x, pack_w8a8(codes), scales[1:])
 
 
 @pytest.mark.parametrize("fault", ["scales of other rows", "one token's scale for all", "last input", "sign", "zeros"])
