@@ -29,8 +29,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _STEP_ENTRIES // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     # Elsewhere the question would make the host wait for the device.
     harmless = x.device.type == "cpu" and bool(((scales >= _SMALLEST) & (scales <= _BIGGEST)).all())
+    wide = torch.empty(min(step, x.shape[0]), x.shape[1], device=x.device)
     for row in range(0, x.shape[0], step):
-        quotient = torch.div(x[row : row + step].float(), scales[row : row + step, None]).round_()
+        part = x[row : row + step]
+        quotient = wide[: part.shape[0]].copy_(part).div_(scales[row : row + step, None]).round_()
         if not harmless:
             # A subnormal scale is coarse. Casting what is no number to an integer is undefined; the scale carries it.
             quotient.clamp_(-_LARGEST, _LARGEST).nan_to_num_(0.0)

@@ -19,7 +19,9 @@ from .quantize_rows import quantize_rows, quantize_rows_ref
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
 
 _PRODUCT_ROWS = 4096  # int32 sums of as many rows exist at a time
-_STEP_ENTRIES = 1 << 18  # of these, as many are float32 at a time, so that the passes over them meet in the L2 cache
+_PACKED_ENTRIES = 1 << 19  # scaled sums at a time, 2 MB: read again from the cache, and no new pages at every call
+_PACKED_ROWS = 128  # but as many rows at least: below, reading the weights again for each part costs more
+_STEP_ENTRIES = 1 << 18  # entries that are scaled and rounded at a time
 
 _CUDA_MULTIPLE = 8  # of K and N in torch's int8 product on CUDA
 _CUDA_MIN_ROWS = 17
@@ -40,16 +42,17 @@ def pack_w8a8(codes: Tensor) -> Tensor:
 def w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
-    weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any float or None. Raises
-    ValueError where shapes or dtypes differ.
+    weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any
+    float or None. Raises ValueError where shapes or dtypes differ.
     """
     _check(x, weight, scales, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     codes, act_scales = quantize_rows(rows)
     out = torch.empty(rows.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.float()
-    for start in range(0, rows.shape[0], _PRODUCT_ROWS):
-        part = slice(start, start + _PRODUCT_ROWS)
+    step = max(_PACKED_ROWS, _PACKED_ENTRIES // scales.shape[0]) if weight.is_mkldnn else _PRODUCT_ROWS
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
         if weight.is_mkldnn:
             product = _packed_product(codes[part], weight, scales)
             _finish(product, act_scales[part], None, wide_bias, out[part])
@@ -81,6 +84,7 @@ def w8a8_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = No
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    # What is packed says its shape the other way round.
     shape = tuple(reversed(weight.shape)) if weight.is_mkldnn else tuple(weight.shape)
     if len(shape) != 2 or weight.dtype != torch.int8 or shape[1] > MAX_IN_FEATURES:
         raise ValueError(f"expected weight (N, K) int8 with K at most {MAX_IN_FEATURES}, got {shape} {weight.dtype}")

@@ -125,7 +125,8 @@ def test_rows_in_several_steps(monkeypatch, M, N, K, biased, pack):
     x, (codes, scales) = inputs(M, K), weights(N, K)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(0)) if biased else None
     kept = x.clone()
-    monkeypatch.setattr(module, "_PRODUCT_ROWS", 64)
+    for name, value in (("_PRODUCT_ROWS", 64), ("_PACKED_ROWS", 48), ("_PACKED_ENTRIES", 1), ("_STEP_ENTRIES", 5000)):
+        monkeypatch.setattr(module, name, value)
     assert error(w8a8(x, pack(codes), scales, bias), w8a8_ref(x, codes, scales, bias)) < 1e-5
     assert torch.equal(x, kept)
 
