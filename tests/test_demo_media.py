@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,24 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 100_000
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_media", ROOT / "assets" / "make_media.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kind", ["scene", "page"])
-def test_a_picture_has_the_pixels_of_its_seed(kind: str, script: Any) -> None:
+def test_a_picture_has_the_pixels_of_its_seed(kind: str, media_script: Any) -> None:
     path = ROOT / "assets" / "images" / f"world-{kind}.png"
     assert path.stat().st_size < MAX_BYTES
-    assert np.array_equal(np.asarray(Image.open(path)), script.world_sample(kind).rgb[0])
+    assert np.array_equal(np.asarray(Image.open(path)), media_script.world_sample(kind).rgb[0])
 
 
-def test_the_clip_shows_its_seed_slowly_enough_to_watch(script: Any) -> None:
+def test_the_clip_shows_its_seed_slowly_enough_to_watch(media_script: Any) -> None:
     from world.video import psnr  # the script has put the benchmarks where they are found
 
     from sparsevila import Video
@@ -42,18 +30,18 @@ def test_the_clip_shows_its_seed_slowly_enough_to_watch(script: Any) -> None:
     path = ROOT / "assets" / "clips" / "world.mp4"
     assert path.stat().st_size < MAX_BYTES
     frames = load_media(Video(path), default_frames=32)
-    scale = script.WORLD_SCALE
-    drawn = script.world_sample("clip").rgb.repeat(scale, axis=1).repeat(scale, axis=2)
-    assert frames.duration_s == pytest.approx(len(drawn) / script.WORLD_FPS)
+    scale = media_script.WORLD_SCALE
+    drawn = media_script.world_sample("clip").rgb.repeat(scale, axis=1).repeat(scale, axis=2)
+    assert frames.duration_s == pytest.approx(len(drawn) / media_script.WORLD_FPS)
     assert frames.rgb.shape == drawn.shape
     assert [index for index, (a, b) in enumerate(zip(frames.rgb, drawn, strict=True)) if psnr(a, b) < 36] == []
     assert psnr(frames.rgb[1:], drawn[:-1]) < 30  # a frame out of order would be seen
 
 
-def test_make_demo_asks_what_has_an_answer(script: Any) -> None:
+def test_make_demo_asks_what_has_an_answer(media_script: Any) -> None:
     """In the words of the world and in the order of the dialogue, where no answer follows from the turns before."""
     asked = re.findall(r'--prompt "([^"]+)"', (ROOT / "Makefile").read_text(encoding="utf-8"))
-    known = [turn.question for turn in script.world_sample("clip").dialogue]
+    known = [turn.question for turn in media_script.world_sample("clip").dialogue]
     places = [known.index(question) for question in asked]
     assert len(places) >= 2
     assert places == sorted(set(places))

@@ -5,14 +5,13 @@ The truth is the world's own: a sample is drawn again from its seed and comes wi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
@@ -59,19 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("clips")
 
 
-@cache
-def media_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_media", ROOT / "assets" / "make_media.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@cache
-def bundled(kind: str) -> Sample:
-    return media_script().world_sample(kind)
+@pytest.fixture(scope="module")
+def bundled(media_script: ModuleType) -> Callable[[str], Sample]:
+    """The sample that the bundled media of a kind show."""
+    return cache(media_script.world_sample)
 
 
 @cache
@@ -124,7 +114,7 @@ def told(turns: list[QA], answers: list[str]) -> str:
 
 
 @pytest.mark.parametrize("policy", SPARSITY)
-def test_it_answers_about_the_bundled_media(engine: Engine, policy: str) -> None:
+def test_it_answers_about_the_bundled_media(engine: Engine, policy: str, bundled: Callable[[str], Sample]) -> None:
     turns: list[QA] = []
     answers: list[str] = []
     for kind in KINDS:
@@ -134,7 +124,9 @@ def test_it_answers_about_the_bundled_media(engine: Engine, policy: str) -> None
 
 
 @pytest.mark.parametrize("policy", SPARSITY)
-def test_it_holds_a_conversation_over_one_visual_cache(engine: Engine, policy: str) -> None:
+def test_it_holds_a_conversation_over_one_visual_cache(
+    engine: Engine, policy: str, bundled: Callable[[str], Sample]
+) -> None:
     turns: list[QA] = []
     answers: list[str] = []
     for kind in KINDS:
@@ -149,7 +141,7 @@ def test_it_holds_a_conversation_over_one_visual_cache(engine: Engine, policy: s
     assert share(right(tuple(turns), answers)) >= ENOUGH_OF_BUNDLED[policy], told(turns, answers)
 
 
-def test_it_lists_what_is_there(engine: Engine) -> None:
+def test_it_lists_what_is_there(engine: Engine, bundled: Callable[[str], Sample]) -> None:
     """Items of its lists against those of the truth; what is missing and what is made up both cost."""
     both = said = true = 0
     for kind in KINDS:
@@ -213,7 +205,7 @@ def prompts(questions: list[str]) -> list[str]:
     return [word for question in questions for word in ("--prompt", question)]
 
 
-def test_the_program_without_a_model_answers_about_the_bundled_media() -> None:
+def test_the_program_without_a_model_answers_about_the_bundled_media(bundled: Callable[[str], Sample]) -> None:
     turns: list[QA] = []
     answers: list[str] = []
     for kind in KINDS:
@@ -227,7 +219,7 @@ def test_the_program_without_a_model_answers_about_the_bundled_media() -> None:
     assert share(right(tuple(turns), answers)) >= ENOUGH_OF_BUNDLED["default"], told(turns, answers)
 
 
-def test_make_demo_is_answered_right() -> None:
+def test_make_demo_is_answered_right(bundled: Callable[[str], Sample]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     asked = re.findall(r'--prompt "([^"]+)"', makefile)
     truth = {turn.question: turn.answer for turn in bundled("clip").dialogue}
@@ -246,7 +238,7 @@ def test_the_banner_says_what_it_is_and_how_to_get_another() -> None:
     assert "chat.py models" in shown_note
 
 
-def test_the_readme_tells_the_truth_about_the_bundled_media() -> None:
+def test_the_readme_tells_the_truth_about_the_bundled_media(bundled: Callable[[str], Sample]) -> None:
     block = re.sub(r",\n {8}", ", ", (ROOT / "README.md").read_text(encoding="utf-8"))
     for kind in KINDS:
         start = f"\n{MEDIA[kind].relative_to(ROOT).as_posix()}\n"

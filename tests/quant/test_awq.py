@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from heavy_tails import heavy_tailed, linear, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -40,29 +41,8 @@ class RMSNorm(nn.Module):
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
 
 
-def linear(N: int | dict[str, int], K: int, *, bias: bool = False, seed: int = 0) -> Linear:
-    rng = torch.Generator().manual_seed(seed)
-    layer = Linear(K, N, bias=bias)
-    layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * 0.05)
-    if layer.bias is not None:
-        layer.bias.copy_(torch.randn(layer.bias.shape, generator=rng))
-    return layer
-
-
-def heavy_tailed(M: int, K: int, *, num_outliers: int = 4, factor: float = 50.0, seed: int = 0) -> Tensor:
-    """Rows (M, K) with a few channels that are `factor` times larger."""
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(M, K, generator=rng)
-    x[:, torch.randperm(K, generator=rng)[:num_outliers]] *= factor
-    return x
-
-
 def output_error(weight: Tensor, other: Tensor, rows: Tensor) -> float:
     return float((rows.double() @ (other.double() - weight.double()).t()).square().mean())
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 # Rounding -----------------------------------------------------------------------------------------------------------

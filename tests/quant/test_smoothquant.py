@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heavy_tails
 import pytest
 import torch
+from heavy_tails import heavy_tailed, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,24 +18,7 @@ from sparsevila.quant.smoothquant import quantise_int8, search_smoothing, smooth
 
 
 def linear(N: int | dict[str, int], K: int, *, seed: int = 0) -> Linear:
-    rng = torch.Generator().manual_seed(seed)
-    layer = Linear(K, N, bias=True)
-    layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * 0.05)
-    assert layer.bias is not None
-    layer.bias.copy_(torch.randn(layer.bias.shape, generator=rng))
-    return layer
-
-
-def heavy_tailed(M: int, K: int, *, num_outliers: int = 4, factor: float = 50.0, seed: int = 0) -> Tensor:
-    """Rows (M, K) with a few channels that are `factor` times larger."""
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(M, K, generator=rng)
-    x[:, torch.randperm(K, generator=rng)[:num_outliers]] *= factor
-    return x
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return heavy_tails.linear(N, K, bias=True, seed=seed)  # as a tower's
 
 
 def nearest(values: list[float]) -> list[float]:
