@@ -83,7 +83,8 @@ def language_layer(N: int, K: int, generator: torch.Generator) -> Layer:
 
     rows = sampled(N)
     packs = copies(qweight)
-    forms = {"bf16": plain(weight), "w4a16": [packed(q) for q in packs], "int4 op": [bare(q) for q in packs]}
+    # The op goes through the copies the other way, or it would find what the call before it has read.
+    forms = {"bf16": plain(weight), "w4a16": [packed(q) for q in packs], "int4 op": [bare(q) for q in reversed(packs)]}
     return Layer(forms, rows, dense(rows, torch.float64))
 
 
