@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -25,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent / "oracles"))
+import interrupted_write
 import write_export
+from interrupted_write import int4, int8, small_write
 from write_export import AFTER, BEFORE, DECODED, LAYOUTS, Source, random_source, write
 
 from sparsevila.engine.runner import Runner, TextSpan, VisualSpan
@@ -35,13 +36,11 @@ from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.llava_next import rename
 from sparsevila.models.registry import load_model
 from sparsevila.quant import export
-from sparsevila.quant.awq import quantise_int4
 from sparsevila.quant.export import CheckpointWriter, OutputFormat
 from sparsevila.quant.formats import by_layer, detect, read_layer
 from sparsevila.quant.linear import Linear, LinearLayer, W4A16Linear, W8A8Linear
 from sparsevila.quant.quantization_config import Scheme, parse_quantization_config
 from sparsevila.quant.scheme import Int4Weight, Int8Weight
-from sparsevila.quant.smoothquant import quantise_int8
 from sparsevila.quant.stored_layer import StoredLayer
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "quant" / "exported"
@@ -208,9 +207,10 @@ class TheirActivations(nn.Module):
 
     def __init__(self, layer: W8A8Linear) -> None:
         super().__init__()
-        assert layer.qweight is not None
         assert layer.scales is not None
-        self.weight = layer.qweight.double() * layer.scales.double()[:, None]
+        # The codes may be packed: one input at a time shows each column, times 127 / 127.
+        shown = layer(torch.eye(layer.in_features)) - (0.0 if layer.bias is None else layer.bias)
+        self.weight = (shown / layer.scales).round().t().double() * layer.scales.double()[:, None]
         self.bias = None if layer.bias is None else layer.bias.double()
         self.parts = layer.parts
 
@@ -331,15 +331,6 @@ def test_one_unit_makes_one_file(tmp_path: Path) -> None:
     writer.finish({}, documents={}, record={})
     assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "quantization.json"]
     assert len(Checkpoint.open(tmp_path / "out", tokenizer=False).tensors) == 2
-
-
-def int8(rows: int = 8, columns: int = 16) -> Int8Weight:
-    return quantise_int8(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)))
-
-
-def int4(rows: int = 8, columns: int = 16, group_size: int = 8, **options: Any) -> Int4Weight:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
-    return quantise_int4(weight, group_size, **options)
 
 
 def written(folder: Path, quantised: dict[str, Any], form: OutputFormat = "compressed-tensors", **dense: Tensor):
@@ -508,55 +499,17 @@ def test_dtypes_that_safetensors_lacks_are_refused(tmp_path: Path) -> None:
 # Going on after an end ----------------------------------------------------------------------------------------------
 
 
-def small_write(folder: Path) -> None:
-    """Two units and a document, taken up wherever they were left."""
-    writer = CheckpointWriter(folder, form="compressed-tensors", fingerprint="small")
-    for i in range(2):
-        if writer.has(f"unit {i}"):
-            assert writer.record(f"unit {i}") == {"error": i / 3}
-            continue
-        quantised = {f"model.layers.{i}.proj": int4(), f"encoder.layers.{i}.proj": int8()}
-        dense = {f"model.layers.{i}.norm.weight": torch.full((5,), float(i))}
-        writer.add(f"unit {i}", dense=dense, quantised=quantised, record={"error": i / 3})
-    writer.finish({"hidden_size": 8}, documents={"tokenizer.json": b"{}"}, record={"samples": 1})
-
-
-def killed_at(operation: int, folder: Path) -> bool:
-    """Runs `small_write` in a process that is killed before the n-th operation on its files; whether it was."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        return os.WIFSIGNALED(status)
-    count = 0
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
-            count += str(arguments[0]).startswith(str(folder))
-            if count == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        torch.set_num_threads(1)  # a forked process has none of the threads of its parent
-        sys.addaudithook(watch)
-        small_write(folder)
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
 @pytest.mark.skipif(not LINUX, reason="needs fork")
 def test_a_kill_before_any_operation_on_files_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what it is for only a power cut would show; it takes the time
     small_write(tmp_path / "undisturbed")
     want = contents(tmp_path / "undisturbed")
-    operation, finished_before_the_kill = 0, 0
-    while True:
-        operation += 1
+    # A process of its own: forking one that has run threads, as this one has, may leave a child that waits for ever.
+    command = [sys.executable, interrupted_write.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    operations, finished_before_the_kill = int(done.stdout), 0
+    for operation in range(1, operations + 1):
         folder = tmp_path / f"out{operation}"
-        if not killed_at(operation, folder):
-            break
         partial = tmp_path / f"out{operation}.partial"
         if folder.exists():  # killed while it removed the partial folder
             finished_before_the_kill += 1
@@ -571,7 +524,7 @@ def test_a_kill_before_any_operation_on_files_is_made_good(tmp_path: Path, monke
         small_write(folder)
         assert contents(folder) == want
         assert not partial.exists()
-    assert operation > 40
+    assert operations > 40
     assert 1 < finished_before_the_kill < 10
 
 
