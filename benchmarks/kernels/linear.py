@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", choices=[*LANGUAGE, *TOWERS], default=[*LANGUAGE, *TOWERS])
+    parser.add_argument("--layers", nargs="+", help="of each family, e.g. o down; all if left out")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=0.3, help="at least, for the rounds of one line")
     parser.add_argument("--json", type=Path)
@@ -173,6 +174,8 @@ def main() -> None:
     measured: list[dict[str, Any]] = []
     for family in args.shapes:
         for part, N, K in (LANGUAGE | TOWERS)[family]:
+            if args.layers and part not in args.layers:
+                continue
             layer = (language_layer if family in LANGUAGE else tower_layer)(N, K, generator)
             for rows in args.rows:
                 name = f"{family} {part}"
