@@ -63,7 +63,7 @@ _HELD_OUT_SHARE, _MAX_HELD_OUT = 4, 8  # one medium in four, at most eight
 _COPIED_BYTES = 256 << 20  # of unchanged tensors in one unit
 _DOCUMENT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
 _DOCUMENT_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-_WRITTEN_HERE = ("config.json", "model.safetensors.index.json", "quantization.json")
+_WRITTEN_HERE = ("config.json", "quantization.json")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Quantiser:
         if self.samples or self._wants_tower:
             self.streamed.load_shell(self.progress)
         if self.samples:
-            tokens = {frames.key: encode_frames(self.streamed.model, frames, self.progress) for frames in self._media()}
+            tokens = self._encode()
         saliency = self._tower(tokens) if self._wants_tower else None
         sequences = self._sequences(tokens) if self._wants_decoder else []
         tokens.clear()
@@ -249,6 +249,17 @@ class _Quantiser:
     def _media(self) -> list[Frames]:
         """Every item once, in order."""
         return list({s.frames.key: s.frames for s in self.samples if s.frames is not None}.values())
+
+    def _encode(self) -> dict[str, VisualTokens]:
+        """By the original tower: of every item what a sequence can hold, whole for those the towers are compared on."""
+        media = self._media()
+        compared = {frames.key for frames in _split(media)[1] or media} if self._wants_tower else set()
+        tokens = {}
+        for frames in media:
+            found = encode_frames(self.streamed.model, frames, self.progress)
+            front = torch.arange(min(len(found), self.settings.max_positions))
+            tokens[frames.key] = found if frames.key in compared else found.select(front)
+        return tokens
 
     # The tower
 
@@ -460,6 +471,7 @@ class _Quantiser:
             for name in names
             if name not in _WRITTEN_HERE
             and not name.startswith(".")
+            and not name.endswith(".index.json")
             and (name.endswith(_DOCUMENT_SUFFIXES) or name.partition(".")[0] in _DOCUMENT_NAMES)
         ]
         return {name: checkpoint.read_bytes(name, MAX_TOKENIZER_BYTES) for name in kept}

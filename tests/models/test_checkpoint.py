@@ -557,3 +557,34 @@ def test_wrong_config_values_name_file_key_and_value(call, match):
         call(READER)
     assert "config.json" in str(caught.value)
     assert isinstance(caught.value, SparseVILAError)
+
+
+# Parts of a folder --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [make, make_sharded])
+def test_named_tensors_are_read_and_no_others(tmp_path, maker):
+    checkpoint = Checkpoint.open(maker(tmp_path))
+    got = checkpoint.read_tensors(["f", "a"])
+    assert set(got) == {"a", "f"}
+    assert all(same(got[name], TENSORS[name]) for name in got)
+    part = checkpoint.part({"c"})
+    assert [name for name, _ in part.iter_tensors()] == list(part.tensors) == ["c"]
+    assert part.weight_bytes == TENSORS["c"].nbytes
+    assert part.config == checkpoint.config
+    assert len(checkpoint.tensors) == len(TENSORS)
+    assert checkpoint.read_tensors([]) == {}
+
+
+def test_a_part_names_what_is_not_there(tmp_path):
+    checkpoint = Checkpoint.open(make(tmp_path))
+    with pytest.raises(CorruptCheckpoint, match="tensor 'zebra' is not in"):
+        checkpoint.read_tensors(["a", "zebra"])
+
+
+def test_a_part_of_a_file_that_was_cut_since_is_refused(tmp_path):
+    checkpoint = Checkpoint.open(make(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CorruptCheckpoint, match=r"expected .* bytes, got"):
+        checkpoint.read_tensors(list(TENSORS))
