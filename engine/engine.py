@@ -158,7 +158,7 @@ class Engine:
             self.closed = True
             with self.device_lock:
                 self._features.clear()
-                self.model.to("meta")
+                _give_back(self.model)
 
     def __enter__(self) -> Engine:
         return self
@@ -281,6 +281,14 @@ def _loaded_bytes(name: str, info: TensorInfo, dtype: torch.dtype) -> int:
 
 def _weight_bytes(model: VisionLanguageModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _give_back(model: VisionLanguageModel) -> None:
+    """Replaces every weight by an empty one of its dtype. Not by `to("meta")`, which packed weights do not know."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(0, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 def _fixed_bytes(model: VisionLanguageModel) -> int:

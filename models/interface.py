@@ -174,8 +174,8 @@ class VisionLanguageModel(Protocol):
         """Every weight."""
         ...
 
-    def to(self, device: str) -> VisionLanguageModel:
-        """Moves every weight; to "meta" it frees them."""
+    def modules(self) -> Iterator[nn.Module]:
+        """The model itself and every part of it, as `nn.Module` has it."""
         ...
 
     def preprocess(self, frames: Frames) -> VisualInputs:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import oracles  # noqa: F401 (puts benchmarks on the path)
 import pytest
 from random_checkpoint import preset, write_random_checkpoint
 
+from sparsevila import Engine
 from sparsevila.engine import hub, quantised_copy
 from sparsevila.engine.calibration_set import CalibrationSample
 from sparsevila.engine.quantise import QuantSettings
@@ -17,7 +20,7 @@ from sparsevila.errors import InsufficientMemory, InvalidRequest
 from sparsevila.models.checkpoint import Checkpoint
 
 NAME = "llava-next-7b"
-SMALL = QuantSettings(group_size=32, vision="none", search=False)
+SMALL = QuantSettings(group_size=32, search=False)
 
 
 @pytest.fixture
@@ -66,3 +69,14 @@ def test_the_memory_limit_is_held_by_the_estimate(places):
     cost.check_memory(cost.memory_bytes)
     with pytest.raises(InsufficientMemory, match="quantising this model"):
         cost.check_memory(cost.memory_bytes - 1)
+
+
+def test_closing_gives_quantised_weights_back(places):
+    plan = plan_copy(NAME, **places)
+    make_copy(plan)
+    engine = Engine.load(plan.out, dtype="float32")
+    parameters = [weakref.ref(parameter) for parameter in engine.model.parameters()]
+    assert len(parameters) > 50
+    engine.close()
+    gc.collect()
+    assert [ref for ref in parameters if ref() is not None] == []
