@@ -250,13 +250,19 @@ class _Quantiser:
         """Every item once, in order."""
         return list({s.frames.key: s.frames for s in self.samples if s.frames is not None}.values())
 
+    def _encoded(self, media: Sequence[Frames]) -> Iterator[VisualTokens]:
+        """Each item's tokens, by the tower as it stands; the progress is that over all items."""
+        for done, frames in enumerate(media):
+            step = Progress("encode", done, len(media), "media")
+            yield encode_frames(self.streamed.model, frames, lambda _, step=step: self.progress(step))
+        self.progress(Progress("encode", len(media), len(media), "media"))
+
     def _encode(self) -> dict[str, VisualTokens]:
         """By the original tower: of every item what a sequence can hold, whole for those the towers are compared on."""
         media = self._media()
         compared = {frames.key for frames in _split(media)[1] or media} if self._wants_tower else set()
         tokens = {}
-        for frames in media:
-            found = encode_frames(self.streamed.model, frames, self.progress)
+        for frames, found in zip(media, self._encoded(media), strict=True):
             front = torch.arange(min(len(found), self.settings.max_positions))
             tokens[frames.key] = found if frames.key in compared else found.select(front)
         return tokens
@@ -324,7 +330,7 @@ class _Quantiser:
         original = tower.encoder.layers
         tower.encoder.layers = torch.nn.ModuleList(quantised)
         try:
-            pairs = [(f, tokens[f.key], encode_frames(self.streamed.model, f, self.progress)) for f in media]
+            pairs = [(f, tokens[f.key], found) for f, found in zip(media, self._encoded(media), strict=True)]
         finally:
             tower.encoder.layers = original
         return _agreement(pairs, held_out)

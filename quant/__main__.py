@@ -64,10 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> QuantSettings:
-    vision = args.vision or ("none" if args.format == "awq" else _DEFAULTS["vision"])
     return QuantSettings(
         llm=args.llm,
-        vision=vision,
+        vision=args.vision or ("none" if args.format == "awq" else "w8a8"),
         lm_head=args.lm_head,
         group_size=args.group,
         form=args.format,

@@ -79,7 +79,7 @@ def language_layer(N: int, K: int, generator: torch.Generator) -> Layer:
 
     def bare(qweight: Tensor) -> Callable[[Tensor], Tensor]:
         tiles = qweight.view(N, K // 2)
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, GROUP, scale_zero)  # type: ignore[no-any-return]
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, GROUP, scale_zero)
 
     rows = sampled(N)
     packs = copies(qweight)
