@@ -1,4 +1,4 @@
-# make demo    install once, then ask the built-in demo model two questions about a clip
+# make demo    install once, then ask the built-in demo model three questions about a clip
 # make chat    the same model, interactive; ARGS="--model llava-next-7b" and so on
 # make install what the demo, the checks and the tests need, into .venv
 # make check   lint, format, types, layering
@@ -17,7 +17,7 @@ TYPED := $(VENV)/typed/sparsevila
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python chat.py --video assets/clips/world.mp4 --prompt "which shape comes first?" \
-		--prompt "in which part of the picture is the number 69?" \
+		--prompt "which colour does the blue triangle turn?" --prompt "in which part of the picture is the number 69?" \
 		--max-new-tokens 64 --stats $(ARGS)
 
 chat: $(VENV)/run.stamp

@@ -29,7 +29,7 @@ setup(
         "sparsevila.quant",
         "sparsevila.models",
     ],
-    package_data={"sparsevila": ["py.typed", "assets/demo/*", "assets/calibration/*"]},
+    package_data={"sparsevila": ["py.typed", "assets/demo/*", "assets/demo-quantised/*", "assets/calibration/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

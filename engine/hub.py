@@ -54,6 +54,7 @@ class Alias:
 _LLAMA_2 = "Llama 2 Community License (base model)"
 ALIASES: Final[dict[str, Alias]] = {
     "demo": Alias(None, "", 8_200_000, "as this package"),
+    "demo-quantised": Alias(None, "", 3_800_000, "as this package"),
     "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "main", 14_126_862_336, _LLAMA_2),
     "llava-next-mistral-7b": Alias(
         "llava-hf/llava-v1.6-mistral-7b-hf", "main", 15_133_495_296, "Apache 2.0 (base model)"

@@ -52,10 +52,16 @@ def passes(right: int, asked: int, share: float) -> bool:
 
     It is the interval of Clopper and Pearson, which can be trusted where a type has few questions or a share is small.
     """
-    if share >= 1:
-        return False
-    tail = sum(math.comb(asked, k) * share**k * (1 - share) ** (asked - k) for k in range(right, asked + 1))
-    return tail < 0.025
+    if not 0 < share < 1:
+        return share <= 0 < right
+    rate, rest = math.log(share), math.log1p(-share)
+
+    def chance(k: int) -> float:
+        """Of k right answers by guessing. In logarithms: of a thousand questions the counts are beyond any float."""
+        ways = math.lgamma(asked + 1) - math.lgamma(k + 1) - math.lgamma(asked - k + 1)
+        return math.exp(ways + k * rate + (asked - k) * rest)
+
+    return math.fsum(map(chance, range(right, asked + 1))) < 0.025
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,15 @@ def test_what_passes_a_share(right, asked, low):
     assert not passes(right, asked, 1.02)
 
 
+def test_thousands_of_questions_are_no_overflow():
+    """There the interval is the normal one: 0.55 - 1.96 * sqrt(0.55 * 0.45 / 2000) = 0.528."""
+    assert passes(1100, 2000, 0.526)
+    assert not passes(1100, 2000, 0.530)
+    assert not passes(1, 5000, 1e-3)
+    assert not passes(0, 5000, 0.0)
+    assert passes(1, 5000, 0.0)
+
+
 class TestPairedDifference:
     def test_agrees_with_the_normal_interval_where_samples_are_single_questions(self):
         dice = np.random.default_rng(1)
