@@ -254,7 +254,11 @@ class _Quantiser:
         """Each item's tokens, by the tower as it stands; the progress is that over all items."""
         for done, frames in enumerate(media):
             step = Progress("encode", done, len(media), "media")
-            yield encode_frames(self.streamed.model, frames, lambda _, step=step: self.progress(step))
+
+            def tell(_: Progress, step: Progress = step) -> None:
+                self.progress(step)
+
+            yield encode_frames(self.streamed.model, frames, tell)
         self.progress(Progress("encode", len(media), len(media), "media"))
 
     def _encode(self) -> dict[str, VisualTokens]:
