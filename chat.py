@@ -354,8 +354,8 @@ def offer_quantised(model: str, screen: terminal.Screen) -> None:
     sizes = [terminal.format_bytes(size) for size in (cost.source_bytes, cost.out_bytes, cost.memory_bytes)]
     screen.note(
         f"{model} has {sizes[0]} of weights. A quantised copy (W8A8 vision, W4A16 language) takes {sizes[1]}, on the "
-        f"disk and in memory, and decodes faster. Making it once needs about {sizes[2]} of memory and, without a GPU, "
-        "up to an hour; Ctrl-C pauses it."
+        f"disk and in memory. Making it once needs about {sizes[2]} of memory, and without a GPU it takes long: the "
+        "time left is shown, and Ctrl-C pauses it."
     )
     if not _agreed("Quantise it now? (--quantize never stops asking)"):
         return

@@ -33,7 +33,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 _FEATURE_CACHE_BYTES = 1 << 30  # encoded media that no session holds any more
 _WORKSPACE_BYTES = 512 << 20  # activations of a prefill chunk and of the vision tower's tiles, rounded up
-_SCALE_BYTES = 8  # a float32 scale and the float32 product of scale and zero point beside it
+_SCALE_BYTES = 8  # a scale and its product with the zero point, each as two bfloat16 numbers
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from .awq import ClipRecord, HeadGroups, Rounding, clip, fold_scales, quantise_int4, search_clip, search_scales
 from .calibration import ChannelStats, SearchRecord
-from .linear import Linear, LinearLayer, W4A16Linear, W8A8Linear
+from .linear import Linear, LinearLayer, quantised_like
 from .plan import matrices_of
 from .scale_group import ScaledBlock
 from .scheme import Int4Weight, Int8Weight
@@ -156,14 +155,8 @@ def _matrix_name(owner: str, leaf: str, part: str) -> str:
 
 
 def _quantised_layer(old: Linear, parts: Mapping[str, Int4Weight | Int8Weight]) -> LinearLayer:
-    sizes: int | dict[str, int] = {name: rows.stop - rows.start for name, rows in old.parts.items()} or old.out_features
     first = next(iter(parts.values()))
-    with torch.device("meta"):
-        new: LinearLayer
-        if isinstance(first, Int8Weight):
-            new = W8A8Linear(old.in_features, sizes, bias=old.bias is not None)
-        else:
-            new = W4A16Linear(old.in_features, sizes, group_size=first.group_size, bias=old.bias is not None)
+    new = quantised_like(old, first.group_size if isinstance(first, Int4Weight) else None)
     for part, weight in parts.items():
         new.fill(part, weight, dtype=old.weight.dtype, device=old.weight.device)
     new.bias = old.bias

@@ -146,7 +146,10 @@ class W4A16Linear(_QuantisedLinear):
 
 
 class W8A8Linear(_QuantisedLinear):
-    """8-bit weights with a scale per output, activations quantised to 8 bits per token while running."""
+    """8-bit weights with a scale per output, activations quantised to 8 bits per token while running.
+
+    On a CPU the weights may be packed in a way that can be neither copied, moved nor saved.
+    """
 
     scheme = "W8A8"
 
@@ -167,6 +170,15 @@ class W8A8Linear(_QuantisedLinear):
         assert self.qweight is not None, "the layer has not been filled"
         assert self.scales is not None
         return w8a8(x, self.qweight, self.scales, self.bias)
+
+
+def quantised_like(old: LinearLayer, group_size: int | None) -> LinearLayer:
+    """An empty layer on `meta` of the same sizes and parts: W4A16 in groups of `group_size`, W8A8 for None."""
+    parts = {name: rows.stop - rows.start for name, rows in old.parts.items()} or old.out_features
+    with torch.device("meta"):
+        if group_size is None:
+            return W8A8Linear(old.in_features, parts, bias=old.bias is not None)
+        return W4A16Linear(old.in_features, parts, group_size=group_size, bias=old.bias is not None)
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import CorruptCheckpoint, UnsupportedModel
 from ..kernels.w8a8 import MAX_IN_FEATURES
 from .formats import by_layer, check_layer, detect, read_layer
-from .linear import LinearLayer, W4A16Linear, W8A8Linear
+from .linear import LinearLayer, quantised_like
 from .quantization_config import QuantizationConfig, Scheme
 from .scheme import Int4Weight, Int8Weight
 from .stored_layer import StoredLayer
@@ -102,7 +102,8 @@ class QuantPlan:
                 owner, _, leaf = layer_name.rpartition(".")
                 old = model.get_submodule(layer_name)
                 assert isinstance(old, LinearLayer)
-                setattr(model.get_submodule(owner), leaf, _quantised(old, planned[0]))
+                group_size = None if planned[0].scheme.bits == 8 else planned[0].group_size
+                setattr(model.get_submodule(owner), leaf, quantised_like(old, group_size))
 
     def read(self, name: str, tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:
         """The matrix of that name from its stored tensors by suffix. Raises CorruptCheckpoint."""
@@ -124,12 +125,3 @@ def scheme_name(model: nn.Module, dtype: torch.dtype) -> str:
     """For people, in the order of the modules: "W8A8 / W4A16 / bfloat16", the dtype being that of the rest."""
     schemes = [layer.scheme for layer in model.modules() if isinstance(layer, LinearLayer) and layer.scheme]
     return " / ".join([*dict.fromkeys(schemes), str(dtype).removeprefix("torch.")])
-
-
-def _quantised(old: LinearLayer, matrix: PlannedMatrix) -> LinearLayer:
-    sizes = {name: rows.stop - rows.start for name, rows in old.parts.items()}
-    parts, bias = sizes or old.out_features, old.bias is not None
-    with torch.device("meta"):
-        if matrix.scheme.bits == 8:
-            return W8A8Linear(old.in_features, parts, bias=bias)
-        return W4A16Linear(old.in_features, parts, group_size=matrix.group_size, bias=bias)

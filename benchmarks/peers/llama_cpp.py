@@ -6,8 +6,8 @@
 A LLaVA-NeXT of Vicuna-7B's widths with fewer layers, random weights on both sides, one square picture (2,928 visual
 tokens) and a question. llama.cpp gets as many text tokens as our prompt has positions: its own image path is not
 measured, so our encoder stands in a row of its own and is in no total that is compared. Both decode a fixed number of
-tokens. Rounds take turns; medians. Q4_0 has 4.5 bits a weight and a 4-bit output matrix, ours 4.25 (with float32 scales
-in memory 4.5) and a bfloat16 one.
+tokens. Rounds take turns; medians. Q4_0 has 4.5 bits a weight and a 4-bit output matrix, ours 4.5 in memory and a
+bfloat16 output matrix.
 """
 
 from __future__ import annotations
