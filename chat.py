@@ -201,6 +201,7 @@ def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = 
         screen.clear_progress()
         return INTERRUPTED
     except BrokenPipeError:
+        _forget_stdout()
         return CLOSED_PIPE
     except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes a sentence
         if verbose:
@@ -208,6 +209,14 @@ def main(argv: list[str] | None = None, *, load: Callable[..., Engine] | None = 
         more = "" if verbose else "-v shows where; `chat.py doctor` prints what a report needs"
         screen.error(f"unexpected {type(error).__name__}: {error}", hint=more)
         return 1
+
+
+def _forget_stdout() -> None:
+    """Python flushes stdout once more when it ends; into a closed pipe that would fail and change the exit code."""
+    with contextlib.suppress(OSError, ValueError):  # an embedding program's own stream has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _leave(_signum: int, _frame: FrameType | None) -> None:

@@ -165,8 +165,9 @@ def _pipe(*argv: str, **kwargs: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
-def test_closed_pipe_is_silent() -> None:
-    process = _pipe("--model", "huge", "--prompt", "x", "-q")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipe_is_silent(unbuffered: str) -> None:
+    process = _pipe("--model", "huge", "--prompt", "x", "-q", env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(10)

@@ -674,6 +674,7 @@ class TestInterruption:
             session.ask("x")
         assert session._cache.bytes_with() == 0
 
+    @pytest.mark.event_loop
     def test_astream(self, media):
         engine, item = media
         session, plain = (engine.session(media=[item], sparsity=SPARSE) for _ in range(2))

@@ -552,6 +552,7 @@ class TestCancel:
         assert seen == ["decode"]
         assert session.media == ()
 
+    @pytest.mark.event_loop
     def test_of_an_asyncio_task(self, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch):
         engine = worlds["vicuna"].engine
         session, plain = engine.session(), engine.session()
