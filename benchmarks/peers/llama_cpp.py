@@ -1,13 +1,14 @@
 """Our W4A16 language model, dense and sparse, beside llama.cpp's Q4_0 on the same sizes, in one run on a CPU.
 
-    python -m venv PEER && PEER/bin/pip install llama-cpp-python==0.3.36 gguf
-    python benchmarks/peers/llama_cpp.py --peer PEER/bin/python --work FOLDER [--layers 4] [--threads 2] [--json OUT]
+    npm install --ignore-scripts --prefix PEER node-llama-cpp@3.22.1
+    python -m venv PEER/venv && PEER/venv/bin/pip install gguf
+    python benchmarks/peers/llama_cpp.py --peer PEER --work FOLDER [--layers 4] [--threads 2] [--json OUT]
 
 A LLaVA-NeXT of Vicuna-7B's widths with fewer layers, random weights on both sides, one square picture (2,928 visual
 tokens) and a question. llama.cpp gets as many text tokens as our prompt has positions: its own image path is not
 measured, so our encoder stands in a row of its own and is in no total that is compared. Both decode a fixed number of
-tokens. Rounds take turns; medians. Q4_0 has 4.5 bits a weight and a 4-bit output matrix, ours 4.5 in memory and a
-bfloat16 output matrix.
+tokens. Rounds take turns; medians. llama.cpp runs with and without its flash attention. Q4_0 has 4.5 bits a weight and
+a 4-bit output matrix, ours 4.5 in memory and a bfloat16 output matrix.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ QUESTION = "What happens in this picture, from the beginning to the end?"
 TOKENS = (64, 256)
 POLICIES = {"dense": Sparsity(), "sparse 60/75": Sparsity(0.60, 0.75), "sparse 75/90": Sparsity(0.75, 0.90)}
 
+PEERS = {"llama.cpp Q4_0": False, "llama.cpp Q4_0 flash": True}
+
 
 def our_round(engine: Engine, policy: Sparsity) -> dict[str, float]:
     """Milliseconds of each stage, and decode at each length; one answer per length."""
@@ -53,14 +56,22 @@ def our_round(engine: Engine, policy: Sparsity) -> dict[str, float]:
     return row
 
 
-def their_round(peer: str, work: Path, shape: dict[str, Any]) -> dict[str, Any]:
-    (work / "shape.json").write_text(json.dumps(shape))
-    script = Path(__file__).with_name("llama_cpp_rows.py")
-    command = [peer, str(script), str(work / f"q4_0-{shape['layers']}.gguf"), str(work / "shape.json")]
+def write_their_model(peer: Path, path: Path, shape: dict[str, Any]) -> None:
+    sizes = path.with_suffix(".json")
+    sizes.write_text(json.dumps(shape))
+    script = Path(__file__).with_name("llama_cpp_model.py")
+    subprocess.run([str(peer / "venv" / "bin" / "python"), str(script), str(path), str(sizes)], check=True)
+
+
+def their_round(peer: Path, path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    sizes = path.with_suffix(".json")
+    sizes.write_text(json.dumps(shape))
+    script = Path(__file__).with_name("llama_cpp_rows.mjs")
+    command = ["node", str(script), str(peer), str(path), str(sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"llama.cpp failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if shape["rounds"] else {}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -78,19 +89,20 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         encode = f"{row['encode']:.0f}" if "encode" in row else "-"
         print(f"{name:>22} {encode:>9} " + " ".join(f"{row[c]:>11.0f}" for c in columns))
-    theirs = rows["llama.cpp Q4_0"]
-    for name in POLICIES:
-        gains = ", ".join(f"{c} {theirs[c] / rows[name][c]:.2f}x" for c in columns)
-        print(f"llama.cpp over {name}: {gains}")
+    for peer in PEERS:
+        for name in POLICIES:
+            gains = ", ".join(f"{c} {rows[peer][c] / rows[name][c]:.2f}x" for c in columns)
+            print(f"{peer} over {name}: {gains}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Our language model beside llama.cpp's, in one run on a CPU.")
-    parser.add_argument("--peer", required=True, help="python of an environment with llama-cpp-python and gguf")
+    parser.add_argument("--peer", type=Path, required=True, help="folder with node-llama-cpp, and gguf in venv")
     parser.add_argument("--work", type=Path, required=True, help="a folder for both models; kept")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=512, help="tokens that llama.cpp takes at a time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -101,31 +113,35 @@ def main() -> None:
         write_random_quantised(folder, shape)
     theirs = {
         "hidden": shape.text_hidden, "ffn": shape.text_ffn, "layers": shape.text_layers, "heads": shape.text_heads,
-        "kv_heads": shape.text_kv_heads, "vocab": shape.vocab_size, "context": 4096, "threads": args.threads,
-        "tokens": TOKENS, "prompt": 0, "rounds": 0,
+        "kv_heads": shape.text_kv_heads, "vocab": shape.vocab_size, "context": 4096, "batch": args.batch,
+        "threads": args.threads, "tokens": TOKENS, "rounds": 1,
     }  # fmt: skip
-    their_round(args.peer, args.work, theirs)  # writes its model
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*POLICIES, "llama.cpp Q4_0")}
+    path = args.work / f"q4_0-{shape.text_layers}.gguf"
+    if not path.exists():
+        write_their_model(args.peer, path, theirs)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*POLICIES, *PEERS)}
     with Engine.load(folder, device="cpu", dtype="bfloat16") as engine:
         engine.tokenizer.eos_ids = ()
         engine.warmup()
         for _ in range(args.rounds):
             for name, policy in POLICIES.items():
                 rounds[name].append(our_round(engine, policy))
-            theirs |= {"prompt": int(rounds["dense"][0]["prompt"]), "rounds": 1}
-            found = their_round(args.peer, args.work, theirs)
-            rounds["llama.cpp Q4_0"] += found["rounds"]
+            theirs["prompt"] = int(rounds["dense"][0]["prompt"])
+            for name, flash in PEERS.items():
+                found = their_round(args.peer, path, theirs | {"flash": flash})
+                rounds[name] += found["rounds"]
         scheme = engine.info.scheme
     rows = {name: (row := medians(each)) | totals(row) for name, each in rounds.items()}
     print(
         f"{args.layers} layers of Vicuna-7B's widths, {scheme}, {int(rows['dense']['visual'])} visual tokens, prompt "
-        f"{int(rows['dense']['prompt'])}, {args.threads} threads, median of {args.rounds}; llama-cpp-python "
+        f"{int(rows['dense']['prompt'])}, {args.threads} threads, median of {args.rounds}; "
         f"{found['version']}"
     )
     print_table(rows)
     if args.json:
-        result = {"environment": describe(), "scheme": scheme, "peer": found["version"], "sizes": theirs, "rows": rows}
-        args.json.write_text(json.dumps({**result, "rounds": rounds}, indent=2) + "\n")
+        peer = {"peer": found["version"], "kernels": found["kernels"], "sizes": theirs}
+        result = {"environment": describe(), "scheme": scheme, **peer, "rows": rows, "rounds": rounds}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
