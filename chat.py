@@ -93,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["auto", "never"],
         help="auto: use the quantised copy of the model, and offer to make one once",
     )
+    machine.add_argument(
+        "--w4a8", action="store_true", help="8-bit products in 4-bit layers: faster prefill, more memory, less accurate"
+    )
     machine.add_argument("--offline", action="store_true", help="never use the network, and ask nothing about it")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -251,6 +254,7 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
             max_context=context,
             offline=args.offline,
             quantised=args.quantize == "auto",
+            w4a8=args.w4a8,
             progress=screen.progress,
         )
 

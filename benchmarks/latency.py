@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--w4a8", action="store_true", help="8-bit products in 4-bit layers")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.tokens < 2:
@@ -142,7 +143,7 @@ def main() -> None:
         if args.random:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
             write(folder, preset(args.random), llm=args.llm, vision=args.vision)
-        engine = stack.enter_context(Engine.load(folder, device=args.device, dtype=args.dtype))
+        engine = stack.enter_context(Engine.load(folder, device=args.device, dtype=args.dtype, w4a8=args.w4a8))
         engine.tokenizer.eos_ids = ()  # every answer has the same length
         engine.warmup()
         runs: dict[str, list[Run]] = {name: [] for name in policies}

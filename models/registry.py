@@ -46,23 +46,33 @@ def tied_weights(model: VisionLanguageModel) -> dict[str, str]:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, progress: ProgressFn = no_progress
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    w4a8: bool = False,
+    progress: ProgressFn = no_progress,
 ) -> VisionLanguageModel:
     """Builds the checkpoint's model and fills it, strictly.
 
     Layers that the checkpoint holds quantised stay so; `dtype` is that of everything else and of the activations.
-    Raises UnsupportedModel or CorruptCheckpoint.
+    `w4a8`: 4-bit layers multiply in 8 bits. Raises UnsupportedModel, CorruptCheckpoint, or InvalidRequest for `w4a8`
+    without such layers.
     """
     model: Any = build_model(checkpoint)
     plan = QuantPlan.of(model, checkpoint.headers(), model.rename, _quantization_config(checkpoint))
-    plan.apply(model)
+    plan.apply(model, w4a8=w4a8)
     tied = tied_weights(model)
     load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, plan=plan, progress=progress)
     return model.eval()
 
 
 def _quantization_config(checkpoint: Checkpoint) -> QuantizationConfig | None:
+    """That of the whole model, else that of its language model: some writers quantise the latter by itself."""
+    text = checkpoint.config.get("text_config")
     values = checkpoint.config.get("quantization_config")
+    if values is None and isinstance(text, dict):
+        values = text.get("quantization_config")
     if values is None:
         return None
     if not isinstance(values, dict):

@@ -145,25 +145,21 @@ class W4A16Linear(_QuantisedLinear):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class W8A8Linear(_QuantisedLinear):
-    """8-bit weights with a scale per output, activations quantised to 8 bits per token while running.
+class _Int8Linear(_QuantisedLinear):
+    """Codes of 8 bits with a scale per output, activations quantised to 8 bits per token while running.
 
     On a CPU the weights may be packed in a way that can be neither copied, moved nor saved.
     """
-
-    scheme = "W8A8"
 
     def __init__(self, in_features: int, parts: int | Mapping[str, int], *, bias: bool = False) -> None:
         super().__init__(in_features, parts, bias=bias)
         self.qweight: nn.Parameter | None = None  # see kernels/w8a8.py
         self.scales: nn.Parameter | None = None  # (out_features,) float32
 
-    def _pack(self, parts: list[Int4Weight | Int8Weight], device: torch.device) -> None:
-        found = [part for part in parts if isinstance(part, Int8Weight)]
-        assert len(found) == len(parts)
-        codes = torch.cat([part.codes.to(device) for part in found])
+    def _pack_int8(self, parts: list[Int8Weight], device: torch.device) -> None:
+        codes = torch.cat([part.codes.to(device) for part in parts])
         self.qweight = nn.Parameter(pack_w8a8(codes), requires_grad=False)
-        scales = torch.cat([part.scales.to(device, torch.float32) for part in found])
+        scales = torch.cat([part.scales.to(device, torch.float32) for part in parts])
         self.scales = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,12 +168,43 @@ class W8A8Linear(_QuantisedLinear):
         return w8a8(x, self.qweight, self.scales, self.bias)
 
 
-def quantised_like(old: LinearLayer, group_size: int | None) -> LinearLayer:
-    """An empty layer on `meta` of the same sizes and parts: W4A16 in groups of `group_size`, W8A8 for None."""
+class W8A8Linear(_Int8Linear):
+    """Weights that the checkpoint has in 8 bits."""
+
+    scheme = "W8A8"
+
+    def _pack(self, parts: list[Int4Weight | Int8Weight], device: torch.device) -> None:
+        found = [part for part in parts if isinstance(part, Int8Weight)]
+        assert len(found) == len(parts)
+        self._pack_int8(found, device)
+
+
+class W4A8Linear(_Int8Linear):
+    """Weights that the checkpoint has in 4 bits, widened to 8 at load: twice the memory of W4A16, an int8 product.
+
+    A product of 8-bit codes has room for one scale per output, 4-bit weights have one per group: they are rounded once
+    more (`Int4Weight.to_int8`).
+    """
+
+    scheme = "W4A8"
+
+    def _pack(self, parts: list[Int4Weight | Int8Weight], device: torch.device) -> None:
+        found = [part for part in parts if isinstance(part, Int4Weight)]
+        assert len(found) == len(parts)
+        self._pack_int8([part.to_int8() for part in found], device)
+
+
+def quantised_like(old: LinearLayer, group_size: int | None, *, w4a8: bool = False) -> LinearLayer:
+    """An empty layer on `meta` of the same sizes and parts: for 4 bits in groups of `group_size`, for 8 bits of None.
+
+    `w4a8` quantises the activations of 4-bit weights too.
+    """
     parts = {name: rows.stop - rows.start for name, rows in old.parts.items()} or old.out_features
     with torch.device("meta"):
         if group_size is None:
             return W8A8Linear(old.in_features, parts, bias=old.bias is not None)
+        if w4a8:
+            return W4A8Linear(old.in_features, parts, bias=old.bias is not None)
         return W4A16Linear(old.in_features, parts, group_size=group_size, bias=old.bias is not None)
 
 

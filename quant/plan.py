@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import CorruptCheckpoint, UnsupportedModel
+from ..errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from ..kernels.w8a8 import MAX_IN_FEATURES
 from .formats import by_layer, check_layer, detect, read_layer
 from .linear import LinearLayer, quantised_like
@@ -84,11 +84,14 @@ class QuantPlan:
             found[name] = PlannedMatrix(stored_name, frozenset(tensors) - {"bias"}, shapes[name], scheme)
         return QuantPlan(config, found)
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, *, w4a8: bool = False) -> None:
         """Replaces the layers of a model on `meta` whose matrices are quantised.
 
-        Raises CorruptCheckpoint where the parts of one fused layer differ in scheme or group size.
+        `w4a8` makes layers of 4-bit weights quantise their activations to 8 bits. Raises CorruptCheckpoint where the
+        parts of one fused layer differ in scheme or group size, InvalidRequest for `w4a8` without a 4-bit layer.
         """
+        if w4a8 and not any(matrix.scheme.bits == 4 for matrix in self.matrices.values()):
+            raise InvalidRequest("w4a8: expected a model with 4-bit layers, this one has none")
         names: dict[str, list[str]] = {}
         for name, layer_name, _, _ in matrices_of(model):
             names.setdefault(layer_name, []).append(name)
@@ -103,7 +106,7 @@ class QuantPlan:
                 old = model.get_submodule(layer_name)
                 assert isinstance(old, LinearLayer)
                 group_size = None if planned[0].scheme.bits == 8 else planned[0].group_size
-                setattr(model.get_submodule(owner), leaf, quantised_like(old, group_size))
+                setattr(model.get_submodule(owner), leaf, quantised_like(old, group_size, w4a8=w4a8))
 
     def read(self, name: str, tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:
         """The matrix of that name from its stored tensors by suffix. Raises CorruptCheckpoint."""

@@ -10,12 +10,14 @@ K input features, g group size, G = ceil(K / g) groups; the last group may be sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.w4a16 import unpack_nibbles as unpack_nibbles  # the other half of `pack_nibbles`
+
+_WIDE_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,21 @@ class Int4Weight:
         group = torch.arange(self.in_features, device=codes.device) // self.group_size
         scales, zeros = self.scales.float()[:, group], self.zeros.float()[:, group]
         return ((codes.float() - zeros) * scales).to(dtype)
+
+    def to_int8(self) -> Int8Weight:
+        """The matrix rounded once more, to 8 bits with one scale max|w| / 127 for each row (1 for a row of zeros).
+
+        An entry moves by at most half of its row's scale. Some 2^22 entries are float32 at a time.
+        """
+        codes, scales = [], []
+        for rows in torch.arange(self.out_features).split(max(1, _WIDE_ENTRIES // self.in_features)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            some = replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part]).dequantise()
+            scale = some.abs().amax(dim=1) / 127
+            scale = torch.where(scale == 0, 1.0, scale)
+            codes.append((some / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+            scales.append(scale)
+        return Int8Weight(torch.cat(codes), torch.cat(scales))
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,7 @@ class Loading:
     folder: str
     device: str
     dtype: str
+    w4a8: bool
     threads: int
 
 
@@ -121,7 +122,7 @@ def run_here(jobs: Iterable[Job], loading: Loading) -> Iterator[list[Result]]:
     torch.set_num_threads(loading.threads)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Engine.load(loading.folder, device=loading.device, dtype=loading.dtype) as engine,
+        Engine.load(loading.folder, device=loading.device, dtype=loading.dtype, w4a8=loading.w4a8) as engine,
     ):
         engine.warmup()
         answerer = EngineAnswerer(engine, Path(folder))
@@ -229,6 +230,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--w4a8", action="store_true", help="8-bit products in 4-bit layers")
     args = parser.parse_args(argv)
     try:
         settings = [Setting.parse(text) for text in args.settings]
@@ -243,7 +245,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, settings, folder = parse_arguments(argv)
-    loading = Loading(str(folder), args.device, args.dtype, args.threads)
+    loading = Loading(str(folder), args.device, args.dtype, args.w4a8, args.threads)
     header = {
         "model": checksum_of_checkpoint(folder),
         "sources": checksum_of_sources(),
@@ -253,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "agreement": args.agreement,
         "device": args.device,
         "dtype": args.dtype,
+        "w4a8": args.w4a8,
         "chunk": CHUNK,
     }
     items = draw(args.questions)
@@ -273,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "checksum": header["model"],
             "device": args.device,
             "dtype": args.dtype,
+            "w4a8": args.w4a8,
         },
         "sources": header["sources"],
         "arguments": {name: value for name, value in vars(args).items() if name not in ("out", "model")},

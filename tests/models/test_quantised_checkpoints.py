@@ -217,6 +217,15 @@ def test_the_engine_answers(llava: Path) -> None:
         assert all(answer.stats.output_tokens > 0 for answer in answers)
 
 
+def test_the_language_model_may_have_the_config(llava: Path) -> None:
+    """Of a model put together from a tower and a language model that was quantised by itself."""
+    want = logits(load(llava))
+    config = json.loads((llava / "config.json").read_text())
+    inner = config["text_config"] | {"quantization_config": config["quantization_config"]}
+    edit_config(llava, text_config=inner, quantization_config=None)
+    assert torch.equal(logits(load(llava)), want)
+
+
 def test_shards_may_part_a_layer(llava: Path) -> None:
     """Codes in one file and scales in the other, as files sorted by dtypes fall apart."""
     want = logits(load(llava))
@@ -245,6 +254,34 @@ def test_the_estimate_before_loading_knows_packed_weights(llava: Path) -> None:
     with pytest.raises(InsufficientMemory):
         Engine.load(llava, device="cpu", dtype="float32", max_memory=(512 << 20) + weight_bytes // 2)
     Engine.load(llava, device="cpu", dtype="float32", max_memory=(512 << 20) + 2 * weight_bytes + (64 << 10)).close()
+
+
+def test_four_bit_layers_that_multiply_in_eight(llava: Path) -> None:
+    """Close to the same model with float activations, but not it; the estimate before loading counts wider weights."""
+    question, params = "What is it?", SamplingParams(max_new_tokens=1)
+    found, sizes = [], []
+    for w4a8 in (False, True):
+        with Engine.load(llava, device="cpu", dtype="float32", w4a8=w4a8) as engine:
+            assert ("W4A8" in engine.info.scheme) == w4a8
+            decoder = engine.model.decoder
+            ids = torch.tensor(engine.tokenizer.encode(question, first=True))
+            hidden = decoder.embed(ids)
+            found.append(decoder.layers[0].mlp(hidden).double())
+            sizes.append(engine.info.weight_bytes)
+            assert engine.session().ask(question, params=params).token_ids
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    assert 1e-4 < error < 0.05
+    assert sizes[1] > sizes[0]
+    with pytest.raises(InsufficientMemory) as plain:
+        Engine.load(llava, device="cpu", dtype="float32", max_memory=512 << 20)
+    with pytest.raises(InsufficientMemory) as wide:
+        Engine.load(llava, device="cpu", dtype="float32", max_memory=512 << 20, w4a8=True)
+    packed = [
+        tensor
+        for name, tensor in load_file(llava / "model.safetensors").items()
+        if name.endswith(("qweight", "packed"))
+    ]
+    assert wide.value.need_bytes - plain.value.need_bytes == sum(tensor.numel() * 4 for tensor in packed)
 
 
 # Llama alone --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevila.quant.linear import Linear, LinearLayer, W4A16Linear, W8A8Linear, num_parameters
+from sparsevila.quant.linear import Linear, LinearLayer, W4A8Linear, W4A16Linear, W8A8Linear, num_parameters
 from sparsevila.quant.scheme import Int4Weight, Int8Weight, pack_nibbles
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def filled(kind: type[LinearLayer], order=tuple(PARTS), dtype: torch.dtype = tor
     return layer, values
 
 
-KINDS = [Linear, W4A16Linear, W8A8Linear]
+KINDS = [Linear, W4A16Linear, W8A8Linear, W4A8Linear]
 
 
 @pytest.mark.parametrize("order", [("q_proj", "k_proj", "v_proj"), ("v_proj", "q_proj", "k_proj")])
@@ -51,7 +51,7 @@ def test_parts_stand_in_their_rows_whatever_their_order(kind, order):
     want = x.double() @ dense.double().t() + torch.arange(72)
     got = layer(x)
     assert got.shape == (2, 9, 72)
-    limit = 2e-2 if kind is W8A8Linear else 1e-5
+    limit = 2e-2 if kind in (W8A8Linear, W4A8Linear) else 1e-5
     assert (got.double() - want).abs().max() / want.abs().max() < limit
 
 
@@ -62,12 +62,13 @@ def test_a_layer_says_what_it_waits_for(kind):
     assert built(kind, 40, bias=False).bias is None
 
 
-@pytest.mark.parametrize("kind", [W4A16Linear, W8A8Linear])
+@pytest.mark.parametrize("kind", [W4A16Linear, W8A8Linear, W4A8Linear])
 def test_nothing_is_kept_twice(kind):
     layer, values = filled(kind)
     stored = sum(p.numel() * p.element_size() for p in layer.parameters())
     per_scale = 8 * 3 if kind is W4A16Linear else 4
-    assert stored == sum(v.codes.numel() for v in values.values()) + 72 * per_scale + 72 * 4
+    codes = sum(v.codes.numel() for v in values.values()) * (2 if kind is W4A8Linear else 1)
+    assert stored == codes + 72 * per_scale + 72 * 4
     assert not layer._arrived
     assert all(not p.requires_grad for p in layer.parameters())
 
@@ -77,6 +78,16 @@ def test_the_dtype_of_the_result_is_that_of_the_input(kind):
     layer, _ = filled(kind, dtype=torch.bfloat16)
     for rows in (1, 40):
         assert layer(torch.ones(rows, K, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_widened_weights_are_the_rounded_ones():
+    """What W4A8 adds to the 4-bit weights is one rounding to 8 bits, and that of the activations."""
+    layer, values = filled(W4A8Linear)
+    dense = torch.cat([v.to_int8().dequantise() for v in values.values()])
+    x = torch.randint(-127, 128, (3, K), generator=torch.Generator().manual_seed(9)).float()
+    x[:, 0] = 127  # whole numbers up to 127: the activations' codes are exact
+    want = x.double() @ dense.double().t() + torch.arange(72)
+    assert (layer(x).double() - want).abs().max() / want.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", [W4A16Linear, W8A8Linear])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsevila import CorruptCheckpoint, UnsupportedModel
+from sparsevila import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from sparsevila.kernels.w8a8 import MAX_IN_FEATURES
-from sparsevila.quant.linear import Linear, W4A16Linear, W8A8Linear
+from sparsevila.quant.linear import Linear, W4A8Linear, W4A16Linear, W8A8Linear
 from sparsevila.quant.plan import QuantPlan, matrices_of, scheme_name
 from sparsevila.quant.quantization_config import Scheme, SchemeGroup, awq_config, compressed_config
 
@@ -79,6 +79,23 @@ def test_layers_become_what_their_tensors_are():
     assert changed.block.fc.bias.shape == (40,)
     assert scheme_name(changed, torch.bfloat16) == "W8A8 / W4A16 / bfloat16"
     assert [name for name, *_ in matrices_of(changed)] == [name for name, *_ in matrices_of(model())]
+
+
+def test_activations_of_four_bit_layers_in_eight_bits():
+    changed = model()
+    QuantPlan.of(changed, headers(), rename, CONFIG).apply(changed, w4a8=True)
+    assert isinstance(changed.block.fc, W8A8Linear)
+    assert isinstance(changed.block.qkv_proj, W4A8Linear)
+    assert changed.block.qkv_proj.bias.shape == (128,)
+    assert scheme_name(changed, torch.bfloat16) == "W8A8 / W4A8 / bfloat16"
+
+
+def test_eight_bit_activations_need_four_bit_layers():
+    found = {name: tensor for name, tensor in headers().items() if "_proj" not in name}
+    found |= {f"a.block.{part}_proj.weight": meta(rows, 128) for part, rows in (("q", 64), ("k", 32), ("v", 32))}
+    plan = QuantPlan.of(model(), found, rename, CONFIG)
+    with pytest.raises(InvalidRequest, match="w4a8: expected a model with 4-bit layers"):
+        plan.apply(model(), w4a8=True)
 
 
 def test_a_dense_checkpoint_changes_nothing():

@@ -29,6 +29,19 @@ def test_int4_is_the_formula_element_by_element(N: int, K: int, g: int) -> None:
             assert dense[n, k] == (int(codes[n, k]) - zero) * scale
 
 
+@pytest.mark.parametrize(("N", "K", "g"), [(3, 8, 4), (5, 7, 3), (4, 10, 128), (3000, 1500, 100)])
+def test_int4_widened_to_int8(N: int, K: int, g: int) -> None:
+    weight = random_int4(N, K, g)[1]
+    weight.scales[1] = 0  # a row of zeros
+    wide, dense = weight.to_int8(), weight.dequantise()
+    largest = dense.abs().amax(dim=1)
+    assert wide.scales.dtype == torch.float32
+    assert torch.equal(wide.scales, torch.where(largest == 0, 1.0, largest / 127))
+    assert (wide.dequantise() - dense).abs().max(dim=1).values.le(wide.scales * 0.5001).all()
+    assert wide.codes.abs().max() == 127
+    assert not wide.codes[1].any()
+
+
 def test_int8_is_the_formula() -> None:
     codes = torch.tensor([[-127, 0, 3], [127, 1, -1]], dtype=torch.int8)
     weight = Int8Weight(codes, torch.tensor([0.5, 2.0], dtype=torch.float16))
