@@ -1,6 +1,8 @@
 # make demo    install once, then ask the built-in demo model three questions about a clip
 # make chat    the same model, interactive; ARGS="--model llava-next-7b" and so on
 # make install what the demo, the checks and the tests need, into .venv
+# make test-kernels  the Triton kernels, on the CPU in Triton's interpreter
+# make aot     compile every kernel for seven GPUs, and check what it takes
 # make check   lint, format, types, layering
 # make test    all tests; ARGS="-k chat" and so on
 # make size    the longest functions and files
@@ -12,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TYPED := $(VENV)/typed/sparsevila
 
-.PHONY: demo chat install check test size clean
+.PHONY: demo chat install check test test-kernels aot size clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
@@ -38,6 +40,13 @@ check: $(VENV)/test.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(ARGS)
+
+test-kernels: $(VENV)/test.stamp
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/gpu tests/kernels/test_kernels.py \
+		tests/kernels/test_w8a8.py $(ARGS)
+
+aot: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/kernels/aot.py --processes 2 --out docs/kernels-aot.md $(ARGS)
 
 size:
 	$(PYTHON) .ci/size.py

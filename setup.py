@@ -26,6 +26,7 @@ setup(
         "sparsevila.engine",
         "sparsevila.engine.sparsity",
         "sparsevila.kernels",
+        "sparsevila.kernels.gpu",
         "sparsevila.quant",
         "sparsevila.models",
     ],

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 
 def compaction(src: Tensor, keep: Tensor, dst: Tensor) -> None:
     """Writes src[:, keep] into dst[:, :k], in place.
@@ -20,6 +22,10 @@ def compaction(src: Tensor, keep: Tensor, dst: Tensor) -> None:
     k = keep.shape[0]
     if dst.shape[0] != src.shape[0] or dst.shape[2] != src.shape[2] or dst.shape[1] < k:
         raise ValueError(f"expected dst ({src.shape[0]}, >= {k}, {src.shape[2]}), got {tuple(dst.shape)}")
+    if runs_triton(src):
+        from .gpu.gather import gather
+
+        return gather([src], [keep], [dst])
     for head in range(src.shape[0]):  # a head's rows of dst are contiguous, all heads' rows are not
         torch.index_select(src[head], 0, keep, out=dst[head, :k])
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 Segment = tuple[Tensor, Tensor]  # k, v, each (H_kv, keys, D)
 
 
@@ -31,6 +33,11 @@ def decode_attention(q: Tensor, a: Segment, b: Segment, *, scale: float | None =
             f"expected keys and values (H_kv dividing {H}, n, {D}), got {[tuple(t.shape) for t in (*a, *b)]}"
         )
     scale = D**-0.5 if scale is None else scale
+    if runs_triton(q):
+        from .gpu.decode_attention import decode_attention as by_kernel
+
+        lengths = torch.tensor([a[0].shape[1], b[0].shape[1]], dtype=torch.int32).to(q.device, non_blocking=True)
+        return by_kernel(q, a, b, lengths, scale)
     grouped = (q * scale).reshape(H_kv, H // H_kv, D)
     A = a[0].shape[1]
     scores = torch.cat([_by_head(grouped, k.transpose(1, 2)) for k, _ in (a, b)], dim=-1)  # (H_kv, group, A + B)

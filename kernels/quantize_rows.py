@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 _LARGEST = 127  # -128 stays unused: the range is symmetric
 _SMALLEST, _BIGGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of scales with all their bits
 _STEP_ENTRIES = 1 << 17  # that many are float32 at a time, so that the passes over them meet in the L2 cache
@@ -24,6 +26,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     infinity gets a scale that is one too, so that it shows in every product.
     """
     _check(x)
+    if runs_triton(x):
+        from .gpu.quantize_rows import quantize_rows as by_kernel
+
+        return by_kernel(x.contiguous())
     scales = _safe(_largest(x) / _LARGEST)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     step = max(1, _STEP_ENTRIES // x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])

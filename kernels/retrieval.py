@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 _KEYS_PER_TILE = 4096  # bounds the keys' float32 copy
 _SCORES_PER_TILE = 1 << 22  # 16 MiB: as many keys for a usual question, fewer for one of hundreds of tokens
 
@@ -32,6 +34,10 @@ def retrieval(q: Tensor, k: Tensor, lse: Tensor, *, scale: float | None = None) 
             f"expected k (H_kv dividing {H}, N, {D}), lse ({H}, {M}); got {tuple(k.shape)}, {tuple(lse.shape)}"
         )
     scale = D**-0.5 if scale is None else scale
+    if runs_triton(q):
+        from .gpu.column_sums import column_sums
+
+        return column_sums(q.reshape(H_kv, -1, D), k, lse.reshape(H_kv, -1), scale).sum(dim=0)
     rows = q.reshape(H_kv, H // H_kv * M, D).float() * scale
     row_lse = lse.reshape(H_kv, -1, 1)
     mass = torch.empty(N, dtype=torch.float32, device=q.device)

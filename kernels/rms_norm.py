@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_triton
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalises the last dimension.
@@ -19,6 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"expected weight ({x.shape[-1]},), got {tuple(weight.shape)}")
+    if runs_triton(x):
+        from .gpu.rms_norm import rms_norm as by_kernel
+
+        return by_kernel(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)[1].reshape(x.shape)
     # The order of the two casts is that of Llama: round the normalised value, then scale.
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

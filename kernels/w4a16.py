@@ -9,12 +9,13 @@ scales of 16 bits, within 2^-16 for float32 ones. Few rows see w = (code - zero)
 rounding to bfloat16. Many rows see (code - zero) * s, rounded once to the dtype of the activations. They cost 64 bits
 per group, a half bit per weight at g = 128.
 
-One packed copy of the codes serves few rows and many. `pack_w4a16` makes it in one of two forms, `W4A16Layout`:
+One packed copy of the codes serves few rows and many. `pack_w4a16` makes it in one of three forms, `W4A16Layout`:
 
 - plain: (N, ceil(K / 2)) bytes, the even k in the low nibble. Any size, any device.
 - tiled: the layout of torch's op. Blocks of 64, 32 or 16 rows, as the instruction set has it; in a block one k after
   the other, of each k all rows, two to a byte. Which two is a fixed permutation, read off the op's own packer, so that
   many rows can be dequantised from the same bytes.
+- words: what the Triton kernels read (`gpu/int4_linear.py`), with scales as they are in the file and zero points.
 
 Sizes: M tokens, N outputs, K inputs, G groups of g inputs.
 """
@@ -28,6 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import runs_triton
+
+_WORD_GROUPS = (32, 64, 128)  # what the Triton kernels take
 _TILED_GROUPS = (32, 64, 128, 256)  # what torch's op takes
 _TILED_ROWS = 16  # its N is a multiple of that
 _PROBE_ROWS = 64  # no instruction set has larger blocks
@@ -49,6 +53,7 @@ class W4A16Layout:
     block: tuple[int, ...] = ()
     rest: tuple[int, ...] = ()
     symmetric: bool = False  # all zeros are 8: z is 0
+    words: bool = False
 
     @property
     def tiled(self) -> bool:
@@ -63,9 +68,12 @@ def pack_w4a16(
     codes (N, ceil(K / 2)) uint8, the even k in the low nibble; scales (N, G) of floats, zeros (N, G) of 0..15; the last
     group may be shorter. Returns qweight uint8, (N, ceil(K / 2)) if plain and flat if tiled; scale_zero (G, N, 2)
     bfloat16, the s0 and z0 of torch's op; remainder (2, G, N) bfloat16, s - s0 and (8 - zero) * s0 - z0; and the
-    layout. Holds 5 bytes per weight while it works.
+    layout. Holds 5 bytes per weight while it works. Where Triton runs, groups of 32, 64 and 128 become words:
+    (N, ceil(K / 128) * 16) int32, scales (groups, N) and zeros (groups, N) uint8, with the groups of the padding.
     """
     N, K = codes.shape[0], in_features
+    if runs_triton(codes) and group_size in _WORD_GROUPS:
+        return _pack_words(codes, scales, zeros, K, group_size)
     wide, from_eight = scales.float().t(), 8 - zeros.float().t()  # (G, N)
     scale = wide.bfloat16()
     zero = from_eight * scale.float()  # exact: 4 bits times 8
@@ -96,6 +104,8 @@ def w4a16(
     None. Few rows of bfloat16 go through torch's op, many (and other dtypes) through dequantised blocks. Raises
     ValueError where shapes or dtypes differ.
     """
+    if layout.words:
+        return _by_words(x, qweight, scale_zero, remainder, layout, bias)
     _check(x, qweight, scale_zero, remainder, layout, bias)
     rows = x.reshape(-1, layout.in_features)  # (M, K)
     few = layout.tiled and x.dtype == torch.bfloat16 and is_few(rows.shape[0])
@@ -112,10 +122,14 @@ def w4a16_ref(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The definition in float64, whole matrix at once."""
-    _check(x, qweight, scale_zero, remainder, layout, bias)
     K, g = layout.in_features, layout.group_size
     group = torch.arange(K, device=x.device) // g
-    scale, zero = (part.double()[group].t() for part in group_scales(scale_zero, remainder))  # each (N, K)
+    if layout.words:
+        wide = scale_zero.double()
+        scale, zero = (part[group].t() for part in (wide, -remainder.double() * wide))
+    else:
+        _check(x, qweight, scale_zero, remainder, layout, bias)
+        scale, zero = (part.double()[group].t() for part in group_scales(scale_zero, remainder))  # each (N, K)
     codes = unpack_w4a16(qweight, scale_zero.shape[1], layout)
     out = x.double() @ (codes.double() * scale + zero).t()
     return out if bias is None else out + bias.double()
@@ -134,6 +148,10 @@ def unpack_nibbles(packed: Tensor, in_features: int) -> Tensor:
 def unpack_w4a16(qweight: Tensor, num_rows: int, layout: W4A16Layout) -> Tensor:
     """The codes (N, K) uint8 of a packed matrix, all at once."""
     K = layout.in_features
+    if layout.words:
+        from .gpu.int4_linear import unpack_words
+
+        return unpack_words(qweight, K)
     if not layout.tiled:
         return unpack_nibbles(qweight, K)
     parts = []
@@ -173,6 +191,31 @@ def _check(
         raise ValueError(f"expected qweight {packed} uint8, got {tuple(qweight.shape)} {qweight.dtype}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
+
+
+def _pack_words(
+    codes: Tensor, scales: Tensor, zeros: Tensor, in_features: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, W4A16Layout]:
+    from .gpu.int4_linear import pack_scales, pack_words
+
+    size = max(1, _BLOCK_ENTRIES // in_features)  # rows that are unpacked at a time
+    words = torch.cat([pack_words(unpack_nibbles(part, in_features)) for part in codes.split(size)])
+    layout = W4A16Layout(in_features, group_size, symmetric=bool((zeros == 8).all()), words=True)
+    return words, *pack_scales(scales, zeros, in_features, group_size), layout
+
+
+def _by_words(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, layout: W4A16Layout, bias: Tensor | None
+) -> Tensor:
+    from .gpu.int4_linear import int4_linear
+
+    K, N = layout.in_features, words.shape[0]
+    if x.ndim < 1 or x.shape[-1] != K or not x.is_floating_point():
+        raise ValueError(f"expected x (..., {K}) of floats, got {tuple(x.shape)} {x.dtype}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
+    out = int4_linear(x.reshape(-1, K).contiguous(), words, scales, zeros, layout.group_size, bias)
+    return out.reshape(*x.shape[:-1], N)
 
 
 # Few rows and many --------------------------------------------------------------------------------------------------

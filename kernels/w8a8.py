@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import runs_triton
 from .quantize_rows import quantize_rows, quantize_rows_ref
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
@@ -33,7 +34,7 @@ def pack_w8a8(codes: Tensor) -> Tensor:
     On a CPU an opaque tensor of oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which
     is neither copied nor read by other operations; elsewhere, and on a CPU without int8 instructions, the codes.
     """
-    if codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    if codes.device.type == "cpu" and torch.cpu._is_vnni_supported() and not runs_triton(codes):
         packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         return packed
     return codes.contiguous()
@@ -48,6 +49,11 @@ def w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) 
     _check(x, weight, scales, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     codes, act_scales = quantize_rows(rows)
+    if runs_triton(x) and not weight.is_mkldnn:
+        from .gpu.int8_linear import int8_linear
+
+        out = int8_linear(codes, act_scales, weight, scales, bias, x.dtype)
+        return out.reshape(*x.shape[:-1], scales.shape[0])
     out = torch.empty(rows.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
     wide_bias = None if bias is None else bias.float()
     step = max(_PACKED_ROWS, _PACKED_ENTRIES // scales.shape[0]) if weight.is_mkldnn else _PRODUCT_ROWS

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import UnsupportedModel
 from ..kernels.rope import rope
+from ..kernels.silu_mul import silu_mul
 from ..quant.awq import HeadGroups
 from ..quant.linear import Linear
 from ..quant.scale_group import ScaledBlock, ScaleGroup
@@ -117,8 +117,7 @@ class _MLP(nn.Module):
         self.down_proj = Linear(size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer(ScaledBlock):
