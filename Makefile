@@ -3,6 +3,7 @@
 # make install what the demo, the checks and the tests need, into .venv
 # make test-kernels  the Triton kernels, on the CPU in Triton's interpreter
 # make aot     compile every kernel for seven GPUs, and check what it takes
+# make gpu     check every kernel on the GPU at hand, then time it beside its peers
 # make check   lint, format, types, layering
 # make test    all tests; ARGS="-k chat" and so on
 # make size    the longest functions and files
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TYPED := $(VENV)/typed/sparsevila
 
-.PHONY: demo chat install check test test-kernels aot size clean
+.PHONY: demo chat install check test test-kernels aot gpu size clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
@@ -47,6 +48,9 @@ test-kernels: $(VENV)/test.stamp
 
 aot: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/kernels/aot.py --processes 2 --out docs/kernels-aot.md $(ARGS)
+
+gpu: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/kernels/gpu.py --json benchmarks/results/gpu.json $(ARGS)
 
 size:
 	$(PYTHON) .ci/size.py

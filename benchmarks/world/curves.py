@@ -1,11 +1,12 @@
 """Learning curves of a training run, from its log.
 
-    python benchmarks/world/curves.py LOG.jsonl --out docs/demo-model
+    python benchmarks/world/curves.py LOG.jsonl [LOG.jsonl ...] --out docs/demo-model
 
 Writes tower.png (accuracy of each label over tiles seen), answers.png (exact match over pictures and clips seen, with
 the right picture and with a neighbour's) and loss.png; what the log has nothing for is left out. The same log gives the
 same files. A log may hold several parts of one run, each opened by a line with its recipe; a step that comes twice
-counts as it came last.
+counts as it came last. Several logs are runs that each began with what the one before had exported: their curves are
+drawn one behind the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,19 @@ def read_log(path: Path) -> Log:
         if not evaluations:
             found[stage][line["step"]] = Point(seen, line)
     return Log(**{name: [points[step] for step in sorted(points)] for name, points in found.items()})
+
+
+def joined(logs: Sequence[Log]) -> Log:
+    """One log of runs that each went on from the one before: samples count on, stage by stage."""
+    whole: dict[str, list[Point]] = {field.name: [] for field in fields(Log)}
+    seen = {"vision": 0, "language": 0}
+    for log in logs:
+        for name, points in whole.items():
+            before = seen["vision" if name == "vision" else "language"]
+            points += [replace(point, seen=before + point.seen) for point in getattr(log, name)]
+        for stage in STAGES:
+            seen[stage] = max([seen[stage], *(point.seen for point in whole[stage])])
+    return Log(**whole)
 
 
 def curves(points: Sequence[Point], names: Iterable[str]) -> dict[str, Curve]:
@@ -233,13 +247,13 @@ def write(log: Log, folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the learning curves of a training run.")
-    parser.add_argument("log", type=Path, metavar="LOG.jsonl")
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    written = write(read_log(args.log), args.out)
+    written = write(joined([read_log(path) for path in args.logs]), args.out)
     if not written:
-        raise SystemExit(f"{args.log}: expected steps of a stage, got none yet")
+        raise SystemExit(f"{args.logs[0]}: expected steps of a stage, got none yet")
     for path in written:
         print(path)
 

@@ -15,6 +15,7 @@ from world.curves import (
     curves,
     draw_answers,
     draw_tower,
+    joined,
     labels,
     mean_over_types,
     read_log,
@@ -115,6 +116,17 @@ def test_files_of_the_same_log_are_the_same(log: Path, tmp_path: Path) -> None:
             assert 400 < picture.height < 1400
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
         assert 10_000 < one.stat().st_size < 400_000
+
+
+def test_runs_that_went_on_stand_behind_each_other(log: Path) -> None:
+    one = read_log(log)
+    two = joined([one, one])
+    for name in ("vision", "language", "exact", "wrong_picture"):
+        stage = one.vision if name == "vision" else one.language
+        points, last = getattr(one, name), stage[-1].seen
+        assert [p.seen for p in getattr(two, name)] == [p.seen for p in points] + [last + p.seen for p in points]
+        assert [p.figures for p in getattr(two, name)] == 2 * [p.figures for p in points]
+    assert joined([one]) == one
 
 
 def test_a_run_in_its_first_stage(tmp_path: Path) -> None:

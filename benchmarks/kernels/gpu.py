@@ -1,0 +1,314 @@
+"""The Triton kernels on a GPU: first whether they are right, then how fast, beside their peers in the same run.
+
+    python benchmarks/kernels/gpu.py [--json benchmarks/results/GPU-DATE.json] [--seconds 0.2] [--only retrieval ...]
+
+Runs the kernels' tests on the device first and stops where one fails. Then two ceilings (copy, bfloat16 product), and
+each kernel as milliseconds, as a fraction of its bound, and as times as fast as its peer. Inputs are random and rotated
+so that none is found in the L2 cache; calls are captured in a CUDA graph and replayed; median of the replays.
+`--rehearse` runs everything at tiny sizes on the CPU, in Triton's interpreter, without times that mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsevila.kernels.gpu.column_sums import column_sums
+from sparsevila.kernels.gpu.decode_attention import decode_attention
+from sparsevila.kernels.gpu.gather import gather
+from sparsevila.kernels.gpu.int4_linear import dequantised, int4_linear, pack_scales, pack_words
+from sparsevila.kernels.gpu.int8_linear import int8_linear
+from sparsevila.kernels.gpu.quantize_rows import quantize_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from environment import ROOT, describe
+
+Call = Callable[[], object]
+ROTATED_BYTES = 1 << 28  # of the inputs that take turns: several times the L2 cache of an H200
+REPLAYS = 20
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `bytes` and `flop` are what has to be moved and computed at least."""
+
+    kernel: str
+    shape: str
+    ms: float
+    peer: str
+    peer_ms: float | None
+    bytes: float
+    flop: float
+    error: float  # relative to the largest value, against float64 or float32
+
+    def fraction(self, copy: float, product: float) -> float:
+        """Of the bound that the ceilings (bytes a second, operations a second) set."""
+        return max(self.bytes / copy, self.flop / product) / (self.ms / 1e3)
+
+
+class Bench:
+    """Sizes and a clock; `small` for a rehearsal without a GPU."""
+
+    def __init__(self, *, small: bool, seconds: float) -> None:
+        self.small, self.seconds = small, seconds
+        self.device = "cpu" if small else "cuda"
+        self.dtype = torch.float16 if small else torch.bfloat16
+
+    def size(self, n: int) -> int:
+        return max(16, n // 64) if self.small else n
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def copies(self, tensor: Tensor) -> list[Tensor]:
+        limit = 1 << 16 if self.small else ROTATED_BYTES
+        count = max(2, min(64, -(-limit // (tensor.numel() * tensor.element_size()))))
+        return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+    def ms(self, calls: list[Call]) -> float:
+        """Of one call, the median over replays of a graph of all of them in turn."""
+        for call in calls[:2]:
+            call()
+        if self.small:
+            start = time.perf_counter()
+            calls[0]()
+            return (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        found: list[float] = []
+        start = time.perf_counter()
+        while len(found) < REPLAYS or time.perf_counter() - start < self.seconds:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            graph.replay()
+            after.record()
+            after.synchronize()
+            found.append(before.elapsed_time(after) / len(calls))
+        return median(found)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def ceilings(bench: Bench) -> tuple[float, float]:
+    """Bytes a second of a copy (read and written), operations a second of a product; on random numbers."""
+    n = bench.size(1 << 14)
+    source = bench.rand(n, n)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() * source.element_size() / (bench.ms([lambda: target.copy_(source)]) / 1e3)
+    m = bench.size(8192)
+    a, b = bench.rand(m, m), bench.rand(m, m)
+    return copy, 2 * m**3 / (bench.ms([lambda: torch.mm(a, b)]) / 1e3)
+
+
+def retrieval_rows(bench: Bench) -> Iterator[Row]:
+    for H, H_kv, M, N, D in ((28, 4, 64, 16384, 128), (28, 4, 64, 50176, 128), (32, 32, 64, 2880, 128)):
+        n, m = bench.size(N), bench.size(M)
+        q, k = bench.rand(H_kv, H // H_kv * m, D), bench.rand(H_kv, n, D)
+        lse = torch.logsumexp((q.float() @ k.float().transpose(1, 2)) * D**-0.5, dim=-1)
+        want = torch.exp((q.float() @ k.float().transpose(1, 2)) * D**-0.5 - lse[..., None]).sum(dim=1)
+        off = error(column_sums(q, k, lse, D**-0.5), want)
+        calls: list[Call] = [partial(column_sums, q, each, lse, D**-0.5) for each in bench.copies(k)]
+        peer: float | None = None
+        if not bench.small:
+            from flash_colreduce import flash_colreduce
+
+            keys = k.repeat_interleave(H // H_kv, 0)[None]
+            peer = bench.ms([partial(flash_colreduce, q.view(1, H, m, D), keys, reduction="sum")])
+        yield Row(
+            "retrieval", f"{H}/{H_kv} heads, {m} rows, {n} keys, d {D}", bench.ms(calls), "flash-colreduce", peer,
+            k.numel() * k.element_size(), 2.0 * H * m * n * D, off,
+        )  # fmt: skip
+
+
+def decode_rows(bench: Bench) -> Iterator[Row]:
+    for H, H_kv, N, D in ((28, 4, 16384, 128), (28, 4, 50176, 128), (32, 32, 2880, 128), (32, 32, 288, 128)):
+        n = bench.size(N)
+        q = bench.rand(H, D)
+        stores = [(k, bench.rand(H_kv, n, D)) for k in bench.copies(bench.rand(H_kv, n, D))]
+        text = bench.rand(H_kv, 64, D), bench.rand(H_kv, 64, D)
+        lengths = torch.tensor([n, 64], dtype=torch.int32, device=bench.device)
+        k, v = (torch.cat(pair, dim=1) for pair in zip(stores[0], text, strict=True))
+        want = F.scaled_dot_product_attention(
+            q.float()[None, :, None], k.float()[None], v.float()[None], enable_gqa=True
+        )
+        off = error(decode_attention(q, stores[0], text, lengths, D**-0.5), want[0, :, 0])
+        joined = [(torch.cat((k, text[0]), dim=1)[None], torch.cat((v, text[1]), dim=1)[None]) for k, v in stores[:4]]
+        sdpa = partial(F.scaled_dot_product_attention, q[None, :, None], enable_gqa=True)
+        peer: list[Call] = [partial(sdpa, k, v) for k, v in joined]
+        calls: list[Call] = [partial(decode_attention, q, store, text, lengths, D**-0.5) for store in stores]
+        yield Row(
+            "decode attention", f"{H}/{H_kv} heads, {n} keys, d {D}", bench.ms(calls), "SDPA", bench.ms(peer),
+            2.0 * H_kv * (n + 64) * D * q.element_size(), 4.0 * H * (n + 64) * D, off,
+        )  # fmt: skip
+
+
+def saliency_rows(bench: Bench) -> Iterator[Row]:
+    for B, H, M, D in ((8, 16, 729, 72), (16, 16, 1024, 80), (8, 16, 1024, 64)):
+        m = bench.size(M)
+        q, k = bench.rand(B * H, m, D), bench.rand(B * H, m, D)
+        lse = torch.logsumexp((q.float() @ k.float().transpose(1, 2)) * D**-0.5, dim=-1)
+        want = torch.exp((q.float() @ k.float().transpose(1, 2)) * D**-0.5 - lse[..., None]).sum(dim=1)
+        off = error(column_sums(q, k, lse, D**-0.5), want)
+        peer: float | None = None
+        if not bench.small:
+            from flash_colreduce import flash_colreduce
+
+            peer = bench.ms([partial(flash_colreduce, *(t.view(B, H, m, D) for t in (q, k)), reduction="sum")])
+        calls: list[Call] = [partial(column_sums, q, each, lse, D**-0.5) for each in bench.copies(k)]
+        yield Row(
+            "saliency", f"{B} x {H} heads, {m} rows and keys, d {D}", bench.ms(calls), "flash-colreduce", peer,
+            2.0 * q.numel() * q.element_size(), 2.0 * B * H * m * m * D, off,
+        )  # fmt: skip
+
+
+def int4_rows(bench: Bench) -> Iterator[Row]:
+    for N, K in ((4096, 4096), (11008, 4096), (18944, 3584)):
+        n, k = bench.size(N), max(GROUP, bench.size(K) // GROUP * GROUP)
+        codes = torch.randint(0, 16, (n, k), device=bench.device)
+        scales = ((torch.rand(n, k // GROUP, device=bench.device) + 0.5) * 0.01).half()
+        zeros = torch.randint(0, 16, (n, k // GROUP), device=bench.device, dtype=torch.uint8)
+        words, packed = pack_words(codes), pack_scales(scales, zeros, k, GROUP)
+        weight = dequantised(words, *packed, GROUP, k, bench.dtype)
+        for T in (1, 4, 16, 64, 1024, 3072):
+            t = min(T, 64) if bench.small else T
+            x = bench.rand(t, k)
+            want = x.float() @ weight.float().t()
+            off = error(int4_linear(x, words, *packed, GROUP, None), want)
+            calls: list[Call] = [partial(int4_linear, x, each, *packed, GROUP, None) for each in bench.copies(words)]
+            peer: list[Call] = [partial(F.linear, x, each) for each in bench.copies(weight)]
+            moved = n * k / 2 + packed[0].numel() * 3 + (t * k + t * n) * 2.0
+            yield Row(
+                "W4A16", f"{t} tokens, {n} x {k}", bench.ms(calls), "cuBLAS bf16", bench.ms(peer), moved,
+                2.0 * t * n * k, off,
+            )  # fmt: skip
+
+
+def int8_rows(bench: Bench) -> Iterator[Row]:
+    for M, N, K in ((2885, 4096, 1024), (2885, 1024, 4096), (23328, 4304, 1152), (16384, 3420, 1280)):
+        m, n, k = bench.size(M), bench.size(N), bench.size(K)
+        x, bias = bench.rand(m, k), bench.rand(n)
+        codes = torch.randint(-127, 128, (n, k), device=bench.device, dtype=torch.int8)
+        scales = (torch.rand(n, device=bench.device) + 0.5) * 1e-3
+        weight = (codes.float() * scales[:, None]).to(bench.dtype)
+
+        plain = F.linear(x.float(), weight.float(), bias.float())
+        off = error(_int8(x, codes, scales, bias), plain * torch.sigmoid(1.702 * plain))
+        peer: list[Call] = [partial(_dense, x, each, bias) for each in bench.copies(weight)]
+        calls: list[Call] = [partial(_int8, x, each, scales, bias) for each in bench.copies(codes)]
+        yield Row(
+            "W8A8 + quick-GELU", f"{m} tokens, {n} x {k}", bench.ms(calls), "cuBLAS bf16", bench.ms(peer),
+            n * k + 2.0 * (m * k + m * n), 1.0 * m * n * k, off,  # int8 products count half: the peak is twice bf16's
+        )  # fmt: skip
+
+
+def _int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
+    return int8_linear(*quantize_rows(x), codes, scales, bias, x.dtype, "quick_gelu")
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y * torch.sigmoid(1.702 * y)
+
+
+def gather_rows(bench: Bench) -> Iterator[Row]:
+    for L, H_kv, N, share, D in ((28, 4, 12544, 0.1, 128), (32, 32, 2880, 0.1, 128)):
+        n = bench.size(N)
+        k = max(1, int(n * share))
+        sources = [bench.rand(H_kv, n, D) for _ in range(2 * (2 if bench.small else L))]
+        keep = [torch.randperm(n, device=bench.device)[:k].sort().values for _ in sources]
+        targets = [torch.empty(H_kv, k, D, dtype=bench.dtype, device=bench.device) for _ in sources]
+        gather(sources, keep, targets)
+        off = max(error(t, s[:, i]) for s, i, t in zip(sources, keep, targets, strict=True))
+        start = time.perf_counter()
+        # Its table is made by the host at every call, so it is timed as it is called, not in a graph.
+        for _ in range(1 if bench.small else REPLAYS):
+            gather(sources, keep, targets)
+        if not bench.small:
+            torch.cuda.synchronize()
+        ms = (time.perf_counter() - start) * 1e3 / (1 if bench.small else REPLAYS)
+        peer = partial(_select, sources, keep, targets)
+        yield Row(
+            "gather", f"{len(sources) // 2} layers, {H_kv} heads, {k} of {n}, d {D}", ms, "index_select",
+            bench.ms([peer]), 2.0 * len(sources) * H_kv * k * D * 2, 0.0, off,
+        )  # fmt: skip
+
+
+def _select(sources: list[Tensor], keep: list[Tensor], targets: list[Tensor]) -> None:
+    for source, index, target in zip(sources, keep, targets, strict=True):
+        torch.index_select(source, 1, index, out=target)
+
+
+FAMILIES = {
+    "retrieval": retrieval_rows, "decode": decode_rows, "saliency": saliency_rows, "int4": int4_rows,
+    "int8": int8_rows, "gather": gather_rows,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check and time the Triton kernels on a GPU.")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--seconds", type=float, default=0.2, help="at least, for each figure")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    args = parser.parse_args()
+    if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--rehearse needs TRITON_INTERPRET=1 in the environment")
+    if not args.rehearse:
+        if not torch.cuda.is_available():
+            parser.error("there is no CUDA device here")
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests" / "kernels" / "gpu"),
+        ]
+        if subprocess.run(tests, cwd=ROOT, check=False).returncode:
+            raise SystemExit("a kernel is wrong on this device: nothing is timed")
+    torch.manual_seed(0)
+    bench = Bench(small=args.rehearse, seconds=args.seconds)
+    copy, product = ceilings(bench)
+    print(f"copy {copy / 1e9:.0f} GB/s, bfloat16 product {product / 1e12:.1f} TFLOP/s")
+    print(
+        f"{'kernel':<18} {'shape':<42} {'ms':>9} {'of bound':>8} {'peer':>16} {'peer ms':>9} {'faster':>7} {'error':>8}"
+    )
+    rows = []
+    for name in args.only:
+        for row in FAMILIES[name](bench):
+            faster = "" if row.peer_ms is None else f"{row.peer_ms / row.ms:.2f}x"
+            peer_ms = "" if row.peer_ms is None else f"{row.peer_ms:.4f}"
+            print(
+                f"{row.kernel:<18} {row.shape:<42} {row.ms:>9.4f} {row.fraction(copy, product):>8.0%} {row.peer:>16} "
+                f"{peer_ms:>9} {faster:>7} {row.error:>8.1e}",
+                flush=True,
+            )
+            rows.append(asdict(row) | {"fraction": row.fraction(copy, product)})
+    if args.json:
+        found = {"environment": describe(), "copy_bytes_per_s": copy, "product_flop_per_s": product, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
