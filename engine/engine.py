@@ -28,6 +28,7 @@ from .meter import Meter
 from .prompt import check_media_tokens
 from .runner import Runner
 from .session import Session
+from .shortage import out_of_memory, shortage
 from .sparsity.registry import AUTO
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -92,7 +93,7 @@ class Engine:
         chosen = _dtype(dtype, target)
         _check_weights_fit(checkpoint, chosen, limit, w4a8=w4a8)
         tokenizer = load_tokenizer(checkpoint)
-        loaded = load_model(checkpoint, dtype=chosen, device=target, w4a8=w4a8, progress=progress)
+        loaded = _load(checkpoint, chosen, target, w4a8=w4a8, progress=progress)
         check_media_tokens(tokenizer, loaded)
         trained = loaded.decoder.config.max_context
         if max_context is not None and not (isinstance(max_context, int) and 1 <= max_context <= trained):
@@ -261,6 +262,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def _load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, w4a8: bool, progress: ProgressFn
+) -> VisionLanguageModel:
+    try:
+        return load_model(checkpoint, dtype=dtype, device=device, w4a8=w4a8, progress=progress)
+    except (RuntimeError, MemoryError) as error:
+        wanted = shortage(error)
+        if wanted is None:
+            raise
+    raise out_of_memory(wanted, device, what="loading this model")
 
 
 def _check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None, *, w4a8: bool) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import Closed, InvalidRequest, SessionBusy, SparseVILAError
 from ..models.interface import Progress, ProgressFn, no_progress
 from .config import Attachment, Chunk, Image, Result, SamplingParams, Sparsity, Turn, Video
@@ -23,6 +25,7 @@ from .diagnostics import Agreement, Overlap, Selection, agreement, overlap
 from .media import load_media
 from .meter import Meter
 from .prompt import check_text
+from .shortage import out_of_memory, shortage
 from .sparsity.base import keep_count
 from .sparsity.registry import make_method
 from .streaming import TextStream
@@ -392,15 +395,22 @@ class Session:
             meter = Meter()
             driver = self._driver(meter, progress, timeout_s)
             failure: SparseVILAError | None = None
+            wanted: int | None = None
             try:
                 last = yield from self._turn(driver, meter, text, items, params, remember)
             except _Stopped:
                 last = Chunk("", finish_reason="cancelled", stats=meter.stats())
             except SparseVILAError as error:
                 failure, last = error, Chunk("", finish_reason="error", stats=meter.stats())
+            except (RuntimeError, MemoryError) as error:
+                wanted, last = shortage(error), Chunk("", finish_reason="error", stats=meter.stats())
+                if wanted is None:
+                    raise
             finally:
                 # After a complete turn this changes nothing; after any other it goes back to the last complete step.
                 self._settle(self._state)
+            if wanted is not None:
+                failure = out_of_memory(wanted, torch.device(self._engine.info.device), what="this turn")
         yield last  # the session is free again: a caller may stop reading here and keep the iterator
         if failure is not None:
             raise failure

@@ -19,6 +19,7 @@ from sparsevila import (
     ContextTooLong,
     Engine,
     Image,
+    InsufficientMemory,
     InvalidRequest,
     MediaError,
     SamplingParams,
@@ -558,6 +559,13 @@ class _Boom(SparseVILAError):
     pass
 
 
+FAULTS: dict[str, tuple[Exception, type[Exception]]] = {  # what a step raises, what the caller gets
+    "fail": (_Boom("planned"), _Boom),
+    "crash": (KeyError("planned"), KeyError),
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), InsufficientMemory),
+}
+
+
 class TestInterruption:
     """A turn that ends early leaves the session exactly as it was."""
 
@@ -580,7 +588,7 @@ class TestInterruption:
         total = self.steps(probe, picture(11))
         assert total > 5
         for stop_at in range(total):
-            for kind in ("cancel", "fail", "crash"):
+            for kind in ("cancel", "fail", "crash", "memory"):
                 seen = 0
                 engine._features.clear()  # so that every attempt has the encoder's steps too
 
@@ -590,7 +598,7 @@ class TestInterruption:
                         if kind == "cancel":
                             session.cancel()
                         else:
-                            raise _Boom("planned") if kind == "fail" else KeyError("planned")
+                            raise FAULTS[kind][0]
                     seen += 1
 
                 arguments: dict[str, Any] = {"media": [picture(11)], "params": SHORT, "progress": progress}
@@ -600,9 +608,37 @@ class TestInterruption:
                     if result.finish_reason != "cancelled":  # the last step of all is behind the answer
                         session.undo()
                 else:
-                    with pytest.raises(_Boom if kind == "fail" else KeyError):
+                    with pytest.raises(FAULTS[kind][1]):
                         session.ask(QUESTIONS[1], **arguments)
                 assert_same(session, plain)
+        assert session.ask(QUESTIONS[2], params=SHORT).token_ids == plain.ask(QUESTIONS[2], params=SHORT).token_ids
+        assert_same(session, plain)
+
+    def test_memory_that_runs_out_at_a_token(self, media, monkeypatch):
+        engine, item = media
+        plain, session = (engine.session(media=[item], sparsity=SPARSE) for _ in range(2))
+        for s in (plain, session):
+            s.ask(QUESTIONS[0], params=SHORT)
+        decode = engine.runner.decode
+        for stop_at in range(4):
+            calls = 0
+
+            def short(*args: Any, stop_at=stop_at) -> torch.Tensor:
+                nonlocal calls
+                calls += 1
+                if calls > stop_at:
+                    torch.empty(1 << 60, dtype=torch.uint8)
+                return decode(*args)
+
+            monkeypatch.setattr(engine.runner, "decode", short)
+            chunks = []
+            with pytest.raises(InsufficientMemory, match=r"this turn.*needs 1073741824\.00 GiB") as caught:
+                chunks.extend(session.stream(QUESTIONS[1], params=SamplingParams(max_new_tokens=6, temperature=2.0)))
+            monkeypatch.undo()
+            assert caught.value.need_bytes == 1 << 60
+            assert caught.value.free_bytes > 0
+            assert caught.value.__context__ is None  # which would hold what the failed step had allocated
+            assert_same(session, plain)
         assert session.ask(QUESTIONS[2], params=SHORT).token_ids == plain.ask(QUESTIONS[2], params=SHORT).token_ids
         assert_same(session, plain)
 
