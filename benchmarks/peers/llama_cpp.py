@@ -1,4 +1,4 @@
-"""Our W4A16 language model, dense and sparse, beside llama.cpp's Q4_0 on the same sizes, in one run on a CPU.
+"""Our 4-bit language model, dense and sparse, beside llama.cpp's Q4_0 on the same sizes, in one run on a CPU.
 
     npm install --ignore-scripts --prefix PEER node-llama-cpp@3.22.1
     python -m venv PEER/venv && PEER/venv/bin/pip install gguf
@@ -8,7 +8,8 @@ A LLaVA-NeXT of Vicuna-7B's widths with fewer layers, random weights on both sid
 tokens) and a question. llama.cpp gets as many text tokens as our prompt has positions: its own image path is not
 measured, so our encoder stands in a row of its own and is in no total that is compared. Both decode a fixed number of
 tokens. Rounds take turns; medians. llama.cpp runs with and without its flash attention. Q4_0 has 4.5 bits a weight and
-a 4-bit output matrix, ours 4.5 in memory and a bfloat16 output matrix.
+a 4-bit output matrix, ours 4.5 in memory and a bfloat16 output matrix. W4A8 is the same checkpoint with `--w4a8`: 8
+bits a weight in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -35,24 +38,31 @@ SIDE = 672  # pixels: two tiles by two and the base view
 QUESTION = "What happens in this picture, from the beginning to the end?"
 TOKENS = (64, 256)
 POLICIES = {"dense": Sparsity(), "sparse 60/75": Sparsity(0.60, 0.75), "sparse 75/90": Sparsity(0.75, 0.90)}
+SCHEMES = {"W4A16": False, "W4A8": True}
+OURS = {f"{scheme} {policy}": (scheme, policy) for scheme in SCHEMES for policy in POLICIES}
 
 PEERS = {"llama.cpp Q4_0": False, "llama.cpp Q4_0 flash": True}
 
 
 def our_round(engine: Engine, policy: Sparsity) -> dict[str, float]:
-    """Milliseconds of each stage, and decode at each length; one answer per length."""
+    """Milliseconds of each stage, and of the tokens behind the first one, of one answer."""
     row: dict[str, float] = {}
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    for tokens in TOKENS:
-        engine.forget_features()
-        session = engine.session(media=[Image(pixels)], sparsity=policy)
-        stats = session.ask(QUESTION, params=SamplingParams(max_new_tokens=tokens)).stats
-        assert stats.output_tokens == tokens, f"expected {tokens} tokens, got {stats.output_tokens}"
-        session.close()
-        row["encode"] = stats.encode_s * 1e3
-        row["prefill"] = min(row.get("prefill", float("inf")), (stats.prefill_s + stats.retrieval_s) * 1e3)
-        row[f"decode {tokens}"] = stats.decode_s * 1e3
-        row["visual"], row["prompt"] = stats.visual_tokens_total, stats.prompt_tokens
+    engine.forget_features()
+    session = engine.session(media=[Image(pixels)], sparsity=policy)
+    first, count, stats = 0.0, 0, None
+    for chunk in session.stream(QUESTION, params=SamplingParams(max_new_tokens=max(TOKENS))):
+        now = time.perf_counter()
+        count += chunk.token_id is not None
+        first = now if count == 1 and not first else first
+        if chunk.token_id is not None and count in TOKENS:
+            row[f"decode {count}"] = (now - first) * 1e3
+        stats = chunk.stats
+    session.close()
+    assert stats is not None
+    assert count == max(TOKENS), f"expected {max(TOKENS)} tokens, got {count}"
+    row["encode"], row["prefill"] = stats.encode_s * 1e3, (stats.prefill_s + stats.retrieval_s) * 1e3
+    row["visual"], row["prompt"] = stats.visual_tokens_total, stats.prompt_tokens
     return row
 
 
@@ -90,7 +100,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
         encode = f"{row['encode']:.0f}" if "encode" in row else "-"
         print(f"{name:>22} {encode:>9} " + " ".join(f"{row[c]:>11.0f}" for c in columns))
     for peer in PEERS:
-        for name in POLICIES:
+        for name in OURS:
             gains = ", ".join(f"{c} {rows[peer][c] / rows[name][c]:.2f}x" for c in columns)
             print(f"{peer} over {name}: {gains}")
 
@@ -119,23 +129,27 @@ def main() -> None:
     path = args.work / f"q4_0-{shape.text_layers}.gguf"
     if not path.exists():
         write_their_model(args.peer, path, theirs)
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*POLICIES, *PEERS)}
-    with Engine.load(folder, device="cpu", dtype="bfloat16") as engine:
-        engine.tokenizer.eos_ids = ()
-        engine.warmup()
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in (*OURS, *PEERS)}
+    with ExitStack() as stack:
+        engines = {}
+        for scheme, w4a8 in SCHEMES.items():
+            engine = stack.enter_context(Engine.load(folder, device="cpu", dtype="bfloat16", w4a8=w4a8))
+            engine.tokenizer.eos_ids = ()
+            engine.warmup()
+            engines[scheme] = engine
         for _ in range(args.rounds):
-            for name, policy in POLICIES.items():
-                rounds[name].append(our_round(engine, policy))
-            theirs["prompt"] = int(rounds["dense"][0]["prompt"])
+            for name, (scheme, policy) in OURS.items():
+                rounds[name].append(our_round(engines[scheme], POLICIES[policy]))
+            theirs["prompt"] = int(rounds["W4A16 dense"][0]["prompt"])
             for name, flash in PEERS.items():
                 found = their_round(args.peer, path, theirs | {"flash": flash})
                 rounds[name] += found["rounds"]
-        scheme = engine.info.scheme
+        scheme = engines["W4A16"].info.scheme
     rows = {name: (row := medians(each)) | totals(row) for name, each in rounds.items()}
+    dense = rows["W4A16 dense"]
     print(
-        f"{args.layers} layers of Vicuna-7B's widths, {scheme}, {int(rows['dense']['visual'])} visual tokens, prompt "
-        f"{int(rows['dense']['prompt'])}, {args.threads} threads, median of {args.rounds}; "
-        f"{found['version']}"
+        f"{args.layers} layers of Vicuna-7B's widths, {scheme}, {int(dense['visual'])} visual tokens, "
+        f"prompt {int(dense['prompt'])}, {args.threads} threads, median of {args.rounds}; {found['version']}"
     )
     print_table(rows)
     if args.json:
