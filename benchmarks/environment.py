@@ -23,7 +23,7 @@ def describe() -> dict[str, Any]:
     described: dict[str, Any] = {
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain")),
-        "command": " ".join(["python", *map(_relative, sys.argv)]),
+        "command": " ".join(["python", *map(relative, sys.argv)]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -36,12 +36,12 @@ def describe() -> dict[str, Any]:
     return described
 
 
-def _relative(argument: str) -> str:
+def relative(argument: str) -> str:
     """Paths inside the repository as a reader would type them, others by their name alone."""
     path = Path(argument)
     if not path.is_absolute():
         return argument
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return str(path.relative_to(ROOT)) if path.isrelative_to(ROOT) else path.name
 
 
 def _cpu_model() -> str:

@@ -24,7 +24,7 @@ import torch
 from sparsevila import Engine, Image, SamplingParams, Sparsity, Video
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from environment import describe
+from environment import describe, relative
 from random_checkpoint import preset, write
 
 STAGES = ("encode", "prefill", "retrieval", "decode")
@@ -152,7 +152,7 @@ def main() -> None:
                 runs[name].append(run_once(engine, media, policy, args.tokens))
         info = engine.info
     dense, sparse = medians(runs["dense"]), medians(runs["sparse"])
-    what = args.random or args.model
+    what = args.random or relative(args.model)
     print(
         f"{what}: {info.parameters / 1e9:.2f} B parameters, {info.scheme}, {info.device}, "
         f"{torch.get_num_threads()} threads; prefill -{args.prefill_sparsity:.0%}, decode -{args.decode_sparsity:.0%}; "
