@@ -41,7 +41,7 @@ def relative(argument: str) -> str:
     path = Path(argument)
     if not path.is_absolute():
         return argument
-    return str(path.relative_to(ROOT)) if path.isrelative_to(ROOT) else path.name
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def _cpu_model() -> str:
