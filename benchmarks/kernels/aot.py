@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel in every configuration that its launcher can choose, for several GPUs, without one.
+"""Compiles every Triton kernel in the configurations that published models lead to, for several GPUs, without one.
 
     python benchmarks/kernels/aot.py [--arch 80 86 87 89 90 100 120] [--only column_sums ...] [--dtypes fp16 bf16]
         [--processes 2] [--out docs/kernels-aot.md] [--json OUT]

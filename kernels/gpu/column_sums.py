@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import MIN_DOT, head_parts, power_of_two
+from .blocks import LOG2_E, MIN_DOT, head_parts, power_of_two
 from .variant import Variant
 
-_LOG2_E = 1.4426950408889634
 _WARPS, _STAGES = 4, 3
 
 
@@ -34,7 +33,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     q, k, lse = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, lse.contiguous()))
     rows, keys = block_sizes(R)
     _column_sums[(triton.cdiv(N, keys), G)](
-        q, k, lse, out, R, N, scale * _LOG2_E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+        q, k, lse, out, R, N, scale * LOG2_E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         **_constants(D, rows, keys), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return out

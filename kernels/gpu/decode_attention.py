@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import MIN_DOT, head_parts, power_of_two
+from .blocks import LOG2_E, MIN_DOT, head_parts, power_of_two
 from .variant import Variant
 
 Store = tuple[Tensor, Tensor]  # k, v, each (H_kv, capacity, D)
@@ -35,13 +35,16 @@ def decode_attention(q: Tensor, a: Store, b: Store, lengths: Tensor, scale: floa
     int32 on the device, how much of each is in use, together at least 1 -> (H, D) in q's dtype."""
     H, D = q.shape
     H_kv = b[0].shape[0]
+    for k, v in (a, b):
+        if k.stride() != v.stride() or k.stride(2) != 1:
+            raise ValueError(f"expected keys and values with the same strides, got {k.stride()} and {v.stride()}")
     chunks = [triton.cdiv(store[0].shape[1], CHUNK) for store in (a, b)]
     S = max(1, sum(chunks))
     part = torch.empty(S, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, H, dtype=torch.float32, device=q.device)
     q = q.contiguous()
     _attend[(S, H_kv)](
-        q, *a, *b, lengths, part, lse, chunks[0], H, scale * 1.4426950408889634, a[0].stride(0), a[0].stride(1),
+        q, *a, *b, lengths, part, lse, chunks[0], H, scale * LOG2_E, a[0].stride(0), a[0].stride(1),
         b[0].stride(0), b[0].stride(1), **_constants(D, H // H_kv), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     out = torch.empty_like(q)

@@ -30,6 +30,10 @@ def gather(sources: Sequence[Tensor], keep: Sequence[Tensor], targets: Sequence[
     int64 contiguous. k may differ between tensors.
     """
     H_kv, _, D = sources[0].shape
+    for tensors in (sources, targets):
+        strides = {tensor.stride() for tensor in tensors}
+        if len(strides) != 1 or tensors[0].stride(2) != 1:
+            raise ValueError(f"expected tensors with one set of strides, contiguous in their rows, got {strides}")
     counts = [index.shape[-1] for index in keep]
     if max(counts) == 0:
         return

@@ -135,16 +135,16 @@ def variants() -> Iterator[Variant]:
                     _constants(dtype, group_size, tokens), _WARPS, _STAGES,
                     frozenset({"rows", *matrix, "sums", "part", "N"}), entries=output_block(tokens) * BLOCK,
                 )  # fmt: skip
+                yield Variant(
+                    f"int4_linear pad and sum g={group_size} tokens={tokens} {name}", _pad_and_sum,
+                    {"x": f"*{name}", "rows": f"*{name}", "sums": "*fp32", "T": "i32", "K": "i32", "blocks": "i32"},
+                    {"GROUP": group_size, "TOKENS": tokens}, _WARPS, 1, frozenset({"x", "rows", "sums", "K"}),
+                )  # fmt: skip
             yield Variant(
                 f"int4_linear dequantise g={group_size} {name}", _dequantise,
                 matrix | {"out": f"*{name}", "N": "i32", "K": "i32", "blocks": "i32"},
                 {"GROUP": group_size, "OUTPUTS": _OUTPUTS}, _WARPS, 1,
                 frozenset({*matrix, "out", "N", "K"}),
-            )  # fmt: skip
-            yield Variant(
-                f"int4_linear pad and sum g={group_size} {name}", _pad_and_sum,
-                {"x": f"*{name}", "rows": f"*{name}", "sums": "*fp32", "T": "i32", "K": "i32", "blocks": "i32"},
-                {"GROUP": group_size, "TOKENS": 16}, _WARPS, 1, frozenset({"x", "rows", "sums", "K"}),
             )  # fmt: skip
         yield Variant(
             f"int4_linear add parts {name}", _add_parts,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import power_of_two
+from .blocks import power_of_two, row_warps
 from .variant import Variant
 
 _NORMS = {"": 0, "layer": 1, "rms": 2}
@@ -32,13 +32,9 @@ def quantize_rows(
     if M:
         _quantize_rows[(M,)](
             x, x if weight is None else weight, x if bias is None else bias, codes, scales, eps,
-            **_constants(K, norm), num_warps=warps(K), num_stages=1,
+            **_constants(K, norm), num_warps=row_warps(K), num_stages=1,
         )  # fmt: skip
     return codes, scales
-
-
-def warps(K: int) -> int:
-    return min(16, max(1, power_of_two(K) // 512))
 
 
 def variants() -> Iterator[Variant]:
@@ -47,7 +43,7 @@ def variants() -> Iterator[Variant]:
             pointers = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}") | {"codes": "*i8", "scales": "*fp32"}
             yield Variant(
                 f"quantize_rows {K} {norm or 'plain'} {dtype}", _quantize_rows, pointers | {"eps": "fp32"},
-                _constants(K, norm), warps(K), 1, frozenset(pointers),
+                _constants(K, norm), row_warps(K), 1, frozenset(pointers),
             )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import power_of_two
+from .blocks import power_of_two, row_warps
 from .variant import Variant
 
 
@@ -27,13 +27,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None)
     if M:
         _rms_norm[(M,)](
             x, x if added is None else added, weight, total, out, eps,
-            **_constants(D, added is not None), num_warps=warps(D), num_stages=1,
+            **_constants(D, added is not None), num_warps=row_warps(D), num_stages=1,
         )  # fmt: skip
     return total, out
-
-
-def warps(D: int) -> int:
-    return min(16, max(1, power_of_two(D) // 512))
 
 
 def variants() -> Iterator[Variant]:
@@ -43,7 +39,7 @@ def variants() -> Iterator[Variant]:
                 pointers = dict.fromkeys(("x", "added", "weight", "total", "out"), f"*{dtype}")
                 yield Variant(
                     f"rms_norm {D}{' residual' if adds else ''} {dtype}", _rms_norm, pointers | {"eps": "fp32"},
-                    _constants(D, adds), warps(D), 1, frozenset(pointers),
+                    _constants(D, adds), row_warps(D), 1, frozenset(pointers),
                 )  # fmt: skip
 
 

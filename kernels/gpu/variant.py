@@ -1,4 +1,4 @@
-"""A kernel in one configuration that its launcher can choose, so that it can be compiled without a GPU."""
+"""A kernel in one configuration that its launcher chooses, so that it can be compiled without a GPU."""
 
 from __future__ import annotations
 
