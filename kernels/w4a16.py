@@ -40,6 +40,7 @@ _PROBE_ROWS = 64  # no instruction set has larger blocks
 _FEW_ROWS = 40  # torch's op takes time in proportion to the rows from 4 on; dequantising once overtakes it here
 _BLOCK_ENTRIES = 1 << 21  # weights dequantised at a time, 4 MB of bfloat16: smaller blocks cost calls, not memory
 _STEP_ENTRIES = 1 << 17  # of these, as many are float32 at a time, 512 KB, so that the four passes meet in the L2 cache
+_MOST_SHARES = 8  # both are for one thread and grow with their number, up to here: a call on little work is all waiting
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def _tiled_rows(
         scale[1] *= 1 / 16  # a high nibble is used where it stands, as 16 * code
         num_blocks, _, half = tiles.shape
         found = torch.empty(x.shape[0], num_blocks, 2, half, dtype=x.dtype)
-        step = max(1, _BLOCK_ENTRIES // (K * half * 2))
+        step = max(1, _shares() * _BLOCK_ENTRIES // (K * half * 2))
         block = _WeightBlock(min(step, num_blocks), K, half, layout.group_size, x.dtype)
         product = torch.empty(x.shape[0], block.weight.shape[1], dtype=x.dtype)
         for start in range(0, num_blocks, step):
@@ -314,6 +315,10 @@ def _tiled_rows(
         out[:, rows] = by_row(found, nibble_of_row)
 
 
+def _shares() -> int:
+    return min(torch.get_num_threads(), _MOST_SHARES)
+
+
 class _WeightBlock:
     """The weights of a few tiles, dequantised. Memory and views serve one block after the other.
 
@@ -326,7 +331,7 @@ class _WeightBlock:
         self.num_tiles = num_tiles
         self.weight = torch.empty(K, 2 * C, dtype=dtype)  # low nibbles first
         self._packed = torch.empty(K, C, dtype=torch.uint8)
-        size = min(K, max(1, _STEP_ENTRIES // (C * group_size)) * group_size)
+        size = min(K, max(1, _shares() * _STEP_ENTRIES // (C * group_size)) * group_size)
         self._groups = size // group_size
         codes, wide = torch.empty(size, C, dtype=torch.uint8), torch.empty(size, C)
         self._steps = [
