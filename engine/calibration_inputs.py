@@ -25,7 +25,7 @@ class CalibrationSequence:
     """One sample on its way through the decoder's layers."""
 
     hidden: Tensor  # (M, hidden_size) float32, replaced by each layer
-    positions: Tensor  # (M,) int64
+    positions: Tensor  # (M,) int64, of multimodal RoPE (3, M)
 
 
 def embed_sample(
@@ -50,7 +50,7 @@ def embed_sample(
             part, start = model.visual_positions(front.token_map, start)
             hidden.append(model.embed_visual(front))
             positions.append(part)
-    return CalibrationSequence(torch.cat(hidden), torch.cat(positions).to(device))
+    return CalibrationSequence(torch.cat(hidden), torch.cat(positions, dim=-1).to(device))
 
 
 def _texts(

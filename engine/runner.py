@@ -195,6 +195,7 @@ class Runner:
         chunks[:] = [chunk for chunk in chunks if len(chunk)]
 
     def _positions(self, spans: Sequence[Span], start: int) -> tuple[Tensor, int]:
+        """Positions (M,) or, of multimodal RoPE, (3, M) of all tokens, and the next free one."""
         parts = []
         for span in spans:
             if isinstance(span, TextSpan):
@@ -202,7 +203,7 @@ class Runner:
             else:
                 positions, start = self.model.visual_positions(span.tokens.token_map, start)
             parts.append(positions)
-        return torch.cat(parts).to(self.device), start
+        return torch.cat(parts, dim=-1).to(self.device), start
 
     def _chunk(self, spans: Sequence[Span], positions: Tensor, start: int, end: int) -> _Chunk:
         """Tokens start..end of the spans, embedded; the projector runs here, so its output is never held whole."""
@@ -225,7 +226,7 @@ class Runner:
         is_visual = torch.cat(visual)
         return _Chunk(
             torch.cat(hidden),
-            *self.decoder.angles(positions[start:end]),
+            *self.decoder.angles(positions[..., start:end]),
             is_visual.to(self.device),
             torch.arange(start, end, device=self.device) >= last_visual,
             num_visual=int(is_visual.sum()),

@@ -23,12 +23,22 @@ from .rotary import RopeConfig
 MAX_LAYERS = 512  # far above any released decoder; bounds what a config can make us allocate
 
 # Keys that hub configs leave out take the defaults of their Hugging Face class.
+_COMMON = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_QWEN_VL = {
+    "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "intermediate_size": 29568, "max_position_embeddings": 32768, "vocab_size": 152064,
+}  # fmt: skip
+# A flat config has the whole model's type, a nested one that of its text part.
+_QWEN_VL_TYPES = ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 _DEFAULTS = {
-    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048, "vocab_size": 32000},
-    "mistral": {"intermediate_size": 14336, "max_position_embeddings": 131072, "vocab_size": 32000},
-    "qwen2": {"intermediate_size": 22016, "max_position_embeddings": 32768, "vocab_size": 151936},
+    "llama": {**_COMMON, "intermediate_size": 11008, "max_position_embeddings": 2048, "vocab_size": 32000},
+    "mistral": {**_COMMON, "intermediate_size": 14336, "max_position_embeddings": 131072, "vocab_size": 32000},
+    "qwen2": {**_COMMON, "intermediate_size": 22016, "max_position_embeddings": 32768, "vocab_size": 151936},
+    **dict.fromkeys(_QWEN_VL_TYPES, _QWEN_VL),
 }
-_DEFAULT_KV_HEADS = {"mistral": 8}  # the others: as many as query heads
+_DEFAULT_KV_HEADS = {"mistral": 8, **dict.fromkeys(_QWEN_VL_TYPES, 8)}  # the others: as many as query heads
+_DEFAULT_EPS = dict.fromkeys(_QWEN_VL_TYPES, 1e-5)  # the others: 1e-6
+_DEFAULT_THETA = dict.fromkeys(_QWEN_VL_TYPES, 1e6)  # the others: 1e4
 _DEFAULT_SLIDING_WINDOW = {"mistral": 4096}
 
 
@@ -50,12 +60,15 @@ class DecoderConfig:
     tie_word_embeddings: bool
 
     @staticmethod
-    def from_hf(text: ConfigReader, *, tied: bool = False) -> DecoderConfig:
-        """Reads a Hugging Face text config; each key once. `tied` is the top level's tie_word_embeddings."""
-        kind = text.get_str("model_type", default="llama", choices=tuple(_DEFAULTS))
+    def from_hf(text: ConfigReader, *, tied: bool = False, model_type: str = "llama") -> DecoderConfig:
+        """Reads a Hugging Face text config; each key once.
+
+        `tied` is the top level's tie_word_embeddings, `model_type` that of a config that names none.
+        """
+        kind = text.get_str("model_type", default=model_type, choices=tuple(_DEFAULTS))
         defaults = _DEFAULTS[kind]
-        hidden = text.get_int("hidden_size", default=4096, low=1, high=65536)
-        heads = text.get_int("num_attention_heads", default=32, low=1, high=1024)
+        hidden = text.get_int("hidden_size", default=defaults["hidden_size"], low=1, high=65536)
+        heads = text.get_int("num_attention_heads", default=defaults["num_attention_heads"], low=1, high=1024)
         kv_heads = text.get_int(
             "num_key_value_heads", default=_DEFAULT_KV_HEADS.get(kind, heads), low=1, high=heads, none_ok=True
         )
@@ -71,21 +84,26 @@ class DecoderConfig:
                 raise UnsupportedModel(f"text config: {key} true is not computed here")
         text.get_str("hidden_act", default="silu", choices=("silu",))
         positions = text.get_int("max_position_embeddings", default=defaults["max_position_embeddings"], low=1)
-        rotary = RopeConfig.from_hf(text, default_theta=10000.0, max_positions=positions)
+        rotary = RopeConfig.from_hf(
+            text,
+            default_theta=_DEFAULT_THETA.get(kind, 1e4),
+            max_positions=positions,
+            head_dim=head_dim if kind in _QWEN_VL_TYPES else None,
+        )
         return DecoderConfig(
             hidden_size=hidden,
             intermediate_size=text.get_int(
                 "intermediate_size", default=defaults["intermediate_size"], low=1, high=1 << 20
             ),
-            num_layers=text.get_int("num_hidden_layers", default=32, low=1, high=MAX_LAYERS),
+            num_layers=text.get_int("num_hidden_layers", default=defaults["num_hidden_layers"], low=1, high=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=text.get_int("vocab_size", default=defaults["vocab_size"], low=1, high=1 << 24),
-            rms_norm_eps=text.get_float("rms_norm_eps", default=1e-6, low=0.0),
+            rms_norm_eps=text.get_float("rms_norm_eps", default=_DEFAULT_EPS.get(kind, 1e-6), low=0.0),
             rope=rotary,
             max_context=_context(text, kind, rotary, positions),
-            qkv_bias=kind == "qwen2",
+            qkv_bias=kind.startswith("qwen2"),
             tie_word_embeddings=text.get_bool("tie_word_embeddings", default=tied),
         )
 
@@ -95,7 +113,7 @@ def _context(text: ConfigReader, kind: str, rotary: RopeConfig, positions: int) 
     # A linearly scaled Llama states the length before scaling (Vicuna 16k: 4096 and factor 4).
     context = int(positions * rotary.factor) if rotary.type == "linear" else positions
     window = text.get_int("sliding_window", default=_DEFAULT_SLIDING_WINDOW.get(kind), low=1, none_ok=True)
-    if kind == "qwen2" and not text.get_bool("use_sliding_window", default=False):
+    if kind.startswith("qwen2") and not text.get_bool("use_sliding_window", default=False):
         window = None
     # Inside its window, sliding attention is full attention.
     return context if window is None else min(context, window)
@@ -198,10 +216,12 @@ class Decoder(nn.Module):
         return self.embed_tokens(ids)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (M,) int64 -> cos and sin (M, D/2) in the model's dtype."""
+        """positions (M,) or, of multimodal RoPE, (3, M) int64 -> cos and sin (M, D/2) in the model's dtype."""
         rotary = self.config.rope
         frequencies = rotary.frequencies(self.config.head_dim).to(positions.device)
-        angle = positions.float()[:, None] * frequencies  # (M, D/2)
+        angle = positions.float()[..., None] * frequencies  # (M, D/2) or (3, M, D/2)
+        if positions.ndim == 2:
+            angle = rotary.by_axis(angle)
         dtype = self.norm.weight.dtype
         return (angle.cos() * rotary.attention_factor).to(dtype), (angle.sin() * rotary.attention_factor).to(dtype)
 

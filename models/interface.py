@@ -59,14 +59,28 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class TokenGrid:
+    """Where each of N visual tokens stands in its item's grid, for models whose positions have three axes."""
+
+    index: Tensor  # (N, 3) int32: temporal patch, row, column
+    shape: Tensor  # (N, 3) int32: how many of each the item has, pruned or not
+    seconds: Tensor  # (N,) float32, from one temporal patch to the next; 0 for an image
+
+    def select(self, keep: Tensor) -> TokenGrid:
+        """The places of the tokens `keep` (k,) int64, in that order."""
+        return TokenGrid(self.index[keep], self.shape[keep], self.seconds[keep])
+
+
+@dataclass(frozen=True)
 class TokenMap:
     """Where each of N visual tokens comes from, in source-picture fractions."""
 
     media: Tensor  # (N,) int32, number of the media item in the session, from 0
     frame: Tensor  # (N,) int32, index into Frames.rgb
     box: Tensor  # (N, 4) float32: y0, x0, y1, x1 as fractions of the source picture
-    structural: Tensor  # (N,) bool: an image_newline or a frame separator; always attended, never ranked
+    structural: Tensor  # (N,) bool: an image_newline, a frame separator, a marker; always attended, never ranked
     line: Tensor  # (N,) int32: the row whose newline closes it, -1 where no newline does
+    grid: TokenGrid | None = None  # of N tokens; None where positions have one axis
 
     def __len__(self) -> int:
         return self.frame.shape[0]
@@ -78,7 +92,11 @@ class TokenMap:
 
     def select(self, keep: Tensor) -> TokenMap:
         """The map of the tokens `keep` (k,) int64, in that order."""
-        return TokenMap(*(getattr(self, f.name)[keep] for f in dataclasses.fields(self)))
+        grid = None if self.grid is None else self.grid.select(keep)
+        return TokenMap(*(column[keep] for column in self._columns()), grid=grid)
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.media, self.frame, self.box, self.structural, self.line
 
     def with_media(self, media: int) -> TokenMap:
         """The same map under the media number `media`."""
@@ -90,7 +108,12 @@ class TokenMap:
         if not maps:
             none = torch.empty(0, dtype=torch.int32)
             return TokenMap(none, none, torch.empty(0, 4), torch.empty(0, dtype=torch.bool), none)
-        return TokenMap(*(torch.cat([getattr(m, f.name) for m in maps]) for f in dataclasses.fields(TokenMap)))
+        columns = (torch.cat(parts) for parts in zip(*(m._columns() for m in maps), strict=True))
+        grids = [m.grid for m in maps if m.grid is not None]
+        if len(grids) < len(maps):
+            return TokenMap(*columns)
+        names = ("index", "shape", "seconds")
+        return TokenMap(*columns, grid=TokenGrid(*(torch.cat([getattr(g, name) for g in grids]) for name in names)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,7 @@ class VisualInputs:
     """What a model's preprocessing made of one media item."""
 
     kind: MediaKind
-    pixels: Tensor  # (tiles, 3, H, W) float32 on the CPU, normalised; tiles are frames for a video
+    pixels: Tensor  # on the CPU: (tiles, 3, H, W) float32, normalised; or (frames, 3, H, W) uint8 for `encode` to cut
     layout: tuple[int, ...]  # the model's own note for `encode`, e.g. the tile grid and the unpadding
     token_map: TokenMap  # of the tokens that `encode` will return, media number 0
 
@@ -191,13 +214,13 @@ class VisionLanguageModel(Protocol):
         ...
 
     def text_positions(self, num_tokens: int, start: int) -> tuple[Tensor, int]:
-        """Positions (num_tokens,) int64 and the next free one."""
+        """Positions (num_tokens,) int64, or (3, num_tokens) by time, row and column; and the next free one."""
         ...
 
     def visual_positions(self, token_map: TokenMap, start: int) -> tuple[Tensor, int]:
-        """Positions (N,) int64 of surviving visual tokens and the next free one."""
+        """Positions (N,) or (3, N) int64 of all that survived of one item, and the next free one."""
         ...
 
     def tokens_per_frame(self) -> int:
-        """Visual tokens of one video frame, for choosing how many frames fit."""
+        """Visual tokens of one video frame, at most, for choosing how many frames fit."""
         ...

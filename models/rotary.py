@@ -1,13 +1,14 @@
-"""Rotary frequencies of one-dimensional positions, with every scaling type named.
+"""Rotary frequencies, with every scaling type named, and which axis of a position turns which of them.
 
 An unknown type is an error: ignoring one loads and answers badly.
-Sources: RoPE arXiv 2104.09864; linear arXiv 2306.15595; YaRN arXiv 2309.00071; "llama3" from Llama 3.1's release.
+Sources: RoPE arXiv 2104.09864; linear arXiv 2306.15595; YaRN arXiv 2309.00071; "llama3" from Llama 3.1's release;
+multimodal RoPE arXiv 2409.12191.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +18,8 @@ from ..errors import UnsupportedModel
 from .checkpoint import ConfigReader
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+_SECTIONS = (16, 24, 24)  # the class default of Qwen2-VL, for a head of 128
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,35 @@ class RopeConfig:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     attention_factor: float = 1.0  # yarn: scales cos and sin
+    sections: tuple[int, ...] = ()  # multimodal: how many frequencies turn by time, row and column
 
     @staticmethod
-    def from_hf(text: ConfigReader, *, default_theta: float, max_positions: int) -> RopeConfig:
-        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    def from_hf(
+        text: ConfigReader, *, default_theta: float, max_positions: int, head_dim: int | None = None
+    ) -> RopeConfig:
+        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+
+        `head_dim` is that of a model with multimodal positions, None where they have one axis.
+        """
         key = "rope_parameters" if text.has("rope_parameters") else "rope_scaling"
         scaling = text.sub(key, required=False)
         theta = text.get_float("rope_theta", default=default_theta, low=1.0)
         theta = scaling.get_float("rope_theta", default=theta, low=1.0)
-        name = scaling.get_str(("rope_type", "type"), default="default")
-        if scaling.has("mrope_section"):
-            raise UnsupportedModel("rope type mrope: this architecture takes one-dimensional positions")
+        if head_dim is None:
+            if scaling.has("mrope_section"):
+                raise UnsupportedModel("rope type mrope: this architecture takes one-dimensional positions")
+            name = scaling.get_str(("rope_type", "type"), default="default")
+            return RopeConfig._of_type(name, scaling, theta, max_positions)
+        # Multimodal RoPE is known by its sections: later writers turn its type into "default" in one of two spellings.
+        names = {scaling.get_str(key, default="default") for key in ("rope_type", "type")} - {"mrope", "default"}
+        sections = scaling.get_ints("mrope_section", default=_SECTIONS, max_len=3)
+        if len(sections) != 3 or sum(sections) != head_dim // 2:
+            scaling.fail("mrope_section", f"three numbers of the sum {head_dim // 2}, half of head_dim")
+        config = RopeConfig._of_type(names.pop() if names else "default", scaling, theta, max_positions)
+        return replace(config, sections=sections)
+
+    @staticmethod
+    def _of_type(name: str, scaling: ConfigReader, theta: float, max_positions: int) -> RopeConfig:
         if name == "default":
             return RopeConfig(theta=theta)
         if name not in ("linear", "dynamic", "llama3", "yarn"):
@@ -72,6 +93,11 @@ class RopeConfig:
             beta_slow=scaling.get_float("beta_slow", default=1.0, low=0.0),
             attention_factor=scaling.get_float("attention_factor", default=default_attention, low=0.0),
         )
+
+    def by_axis(self, angle: Tensor) -> Tensor:
+        """angle (3, M, D/2) by time, row and column -> (M, D/2), each frequency's by the axis of its section."""
+        parts = angle.split(self.sections, dim=-1)
+        return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
 
     def frequencies(self, dim: int) -> Tensor:
         """Angle per position of each pair, (dim/2,) float32."""
