@@ -20,11 +20,15 @@ from .backend import runs_triton
 Segment = tuple[Tensor, Tensor]  # k, v, each (H_kv, keys, D)
 
 
-def decode_attention(q: Tensor, a: Segment, b: Segment, *, scale: float | None = None) -> Tensor:
+def decode_attention(
+    q: Tensor, a: Segment, b: Segment, lengths: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
     """Attention of one token.
 
     q (H, D); a = (k, v) with (H_kv, A, D), b likewise with B keys; either may be empty, not both. Same dtype.
-    `scale` defaults to 1/sqrt(D). Returns (H, D) in q's dtype. Raises ValueError if shapes disagree.
+    lengths (2,) int64 on q's device: how many entries of each are in use, None: all; a kernel reads them there, so that
+    a captured graph serves every step. `scale` defaults to 1/sqrt(D). Returns (H, D) in q's dtype. Raises ValueError if
+    shapes disagree.
     """
     H, D = q.shape
     H_kv = b[0].shape[0]
@@ -36,13 +40,23 @@ def decode_attention(q: Tensor, a: Segment, b: Segment, *, scale: float | None =
     if runs_triton(q):
         from .gpu.decode_attention import decode_attention as by_kernel
 
-        lengths = torch.tensor([a[0].shape[1], b[0].shape[1]], dtype=torch.int32).to(q.device, non_blocking=True)
+        if lengths is None:
+            lengths = torch.tensor([a[0].shape[1], b[0].shape[1]]).to(q.device, non_blocking=True)
         return by_kernel(q, a, b, lengths, scale)
+    a, b = _in_use(a, b, lengths)
     grouped = (q * scale).reshape(H_kv, H // H_kv, D)
     A = a[0].shape[1]
     scores = torch.cat([_by_head(grouped, k.transpose(1, 2)) for k, _ in (a, b)], dim=-1)  # (H_kv, group, A + B)
     p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (_by_head(p[..., :A], a[1]) + _by_head(p[..., A:], b[1])).reshape(H, D)
+
+
+def _in_use(a: Segment, b: Segment, lengths: Tensor | None) -> tuple[Segment, Segment]:
+    """The parts of two stores that hold something. On a CPU the lengths lie in the host's own memory."""
+    if lengths is None:
+        return a, b
+    A, B = lengths.tolist()
+    return (a[0][:, :A], a[1][:, :A]), (b[0][:, :B], b[1][:, :B])
 
 
 def _by_head(x: Tensor, y: Tensor) -> Tensor:
@@ -59,8 +73,11 @@ def _by_head(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def decode_attention_ref(q: Tensor, a: Segment, b: Segment, *, scale: float | None = None) -> Tensor:
+def decode_attention_ref(
+    q: Tensor, a: Segment, b: Segment, lengths: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
     """The definition in float64, over the joined segments."""
+    a, b = _in_use(a, b, lengths)
     H, D = q.shape
     k, v = (torch.cat([x, y], dim=1).double().repeat_interleave(H // x.shape[0], 0) for x, y in zip(a, b, strict=True))
     s = (k @ q.double()[..., None])[..., 0] * (D**-0.5 if scale is None else scale)  # (H, A + B)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.add_rms_norm import add_rms_norm
 from ..kernels.rms_norm import rms_norm
 
 
@@ -21,6 +22,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + added, if there is something to add, and its norm; both (M, size)."""
+        if added is None:
+            return x, self(x)
+        return add_rms_norm(x, added, self.weight, self.eps)
 
 
 def empty_embedding(num_rows: int, size: int) -> nn.Embedding:

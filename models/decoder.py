@@ -150,20 +150,29 @@ class DecoderLayer(ScaledBlock):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _MLP(config)
 
+    def enter(self, hidden: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream with what the layer before adds to it, and queries, keys and values of its norm.
+
+        hidden and added (M, hidden_size) -> (M, hidden_size) and (M, H + 2 H_kv, D), not yet rotated.
+        """
+        hidden, normed = self.input_layernorm.add(hidden, added)
+        return hidden, self.self_attn.qkv_proj(normed).reshape(hidden.shape[0], -1, self.head_dim)
+
+    def leave(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Output projection and MLP: hidden (M, hidden_size), attended (M, H D) -> the residual stream and what the
+        MLP adds to it, both (M, hidden_size)."""
+        hidden, normed = self.post_attention_layernorm.add(hidden, self.self_attn.o_proj(attended))
+        return hidden, self.mlp(normed)
+
     def project(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden (M, hidden_size) -> q (H, M, D), k and v (H_kv, M, D), q and k rotated."""
-        qkv = self.self_attn.qkv_proj(self.input_layernorm(hidden))
-        sizes = [heads * self.head_dim for heads in self.heads]
-        q, k, v = (
-            part.reshape(hidden.shape[0], heads, self.head_dim).transpose(0, 1)
-            for part, heads in zip(qkv.split(sizes, dim=-1), self.heads, strict=True)
-        )
+        q, k, v = self.enter(hidden)[1].transpose(0, 1).split(self.heads)
         return rope(q, cos, sin), rope(k, cos, sin), v
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, residuals and MLP: hidden (M, hidden_size), attended (H, M, D) -> (M, hidden_size)."""
-        hidden = hidden + self.self_attn.o_proj(attended.transpose(0, 1).reshape(hidden.shape[0], -1))
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        """What follows attention: hidden (M, hidden_size), attended (H, M, D) -> (M, hidden_size)."""
+        hidden, added = self.leave(hidden, attended.transpose(0, 1).reshape(hidden.shape[0], -1))
+        return hidden + added
 
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Norms feed qkv and gate_up; values reach o_proj as weighted means, and silu(gate) * up is linear in up."""
@@ -225,6 +234,6 @@ class Decoder(nn.Module):
         dtype = self.norm.weight.dtype
         return (angle.cos() * rotary.attention_factor).to(dtype), (angle.sin() * rotary.attention_factor).to(dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (M, hidden_size) -> (M, vocab_size) float32."""
-        return self.lm_head(self.norm(hidden)).float()
+    def logits(self, hidden: Tensor, added: Tensor | None = None) -> Tensor:
+        """hidden (M, hidden_size), and what the last layer adds to it -> (M, vocab_size) float32."""
+        return self.lm_head(self.norm.add(hidden, added)[1]).float()

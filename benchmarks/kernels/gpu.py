@@ -146,7 +146,7 @@ def decode_rows(bench: Bench) -> Iterator[Row]:
         q = bench.rand(H, D)
         stores = [(k, bench.rand(H_kv, n, D)) for k in bench.copies(bench.rand(H_kv, n, D))]
         text = bench.rand(H_kv, 64, D), bench.rand(H_kv, 64, D)
-        lengths = torch.tensor([n, 64], dtype=torch.int32, device=bench.device)
+        lengths = torch.tensor([n, 64], device=bench.device)
         k, v = (torch.cat(pair, dim=1) for pair in zip(stores[0], text, strict=True))
         want = F.scaled_dot_product_attention(
             q.float()[None, :, None], k.float()[None], v.float()[None], enable_gqa=True

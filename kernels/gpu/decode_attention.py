@@ -32,7 +32,7 @@ _WARPS, _STAGES = 4, 3
 
 def decode_attention(q: Tensor, a: Store, b: Store, lengths: Tensor, scale: float) -> Tensor:
     """q (H, D); stores of q's dtype, contiguous in D, keys and values of one store with the same strides; lengths (2,)
-    int32 on the device, how much of each is in use, together at least 1 -> (H, D) in q's dtype."""
+    int64 on the device, how much of each is in use, together at least 1 -> (H, D) in q's dtype."""
     H, D = q.shape
     H_kv = b[0].shape[0]
     for k, v in (a, b):
@@ -55,7 +55,7 @@ def decode_attention(q: Tensor, a: Store, b: Store, lengths: Tensor, scale: floa
 def variants() -> Iterator[Variant]:
     for dtype in ("fp16", "bf16"):
         stores = dict.fromkeys(("q", "k_a", "v_a", "k_b", "v_b"), f"*{dtype}")
-        own = {"lengths": "*i32", "part": "*fp32", "lse": "*fp32"}
+        own = {"lengths": "*i64", "part": "*fp32", "lse": "*fp32"}
         sizes = {"chunks_a": "i32", "H": "i32", "scale_log2": "fp32"}
         strides = dict.fromkeys(("a_head", "a_row", "b_head", "b_row"), "i32")
         for D in (64, 80, 128):
@@ -66,7 +66,7 @@ def variants() -> Iterator[Variant]:
                 )  # fmt: skip
             yield Variant(
                 f"decode_attention join d={D} {dtype}", _join,
-                {"part": "*fp32", "lse": "*fp32", "lengths": "*i32", "out": f"*{dtype}", "chunks_a": "i32", "H": "i32"},
+                {"part": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": f"*{dtype}", "chunks_a": "i32", "H": "i32"},
                 {"D": D, "WIDTH": power_of_two(D), "CHUNK": CHUNK, "JOINED": _JOINED}, _WARPS, _STAGES,
                 frozenset({"part", "lse", "out"}),
             )  # fmt: skip
@@ -87,7 +87,7 @@ def _attend(
     chunk = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     in_a = chunk < chunks_a
-    length = tl.load(lengths + tl.where(in_a, 0, 1))
+    length = tl.load(lengths + tl.where(in_a, 0, 1)).to(tl.int32)
     first_key = tl.where(in_a, chunk, chunk - chunks_a) * CHUNK
     row_stride = tl.where(in_a, a_row, b_row).to(tl.int64)
     offset = head * tl.where(in_a, a_head, b_head)
@@ -147,7 +147,7 @@ def _join(
     total = 0.0
     sums = tl.zeros((WIDTH,), tl.float32)
     for segment in tl.static_range(2):
-        num = tl.cdiv(tl.load(lengths + segment), CHUNK)
+        num = tl.cdiv(tl.load(lengths + segment).to(tl.int32), CHUNK)
         for start in range(0, num, JOINED):
             s = start + tl.arange(0, JOINED)
             index = (s + segment * chunks_a).to(tl.int64) * H + head

@@ -18,10 +18,10 @@ from .variant import Variant
 _WARPS = 1
 
 
-def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store: Tensor, start: Tensor) -> Tensor:
+def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store: Tensor, end: Tensor) -> Tensor:
     """qkv (M, H + 2 H_kv, D) contiguous: queries, keys, values of each token; cos, sin (M, D / 2) contiguous, of its
-    dtype; stores (H_kv, capacity, D) of the same dtype, contiguous in D, with the same strides; start () int32 on the
-    device: the row of the first token. Returns the rotated queries (H, M, D).
+    dtype; stores (H_kv, capacity, D) of the same dtype, contiguous in D, with the same strides; end (1,) int64 on the
+    device: entries in use once these M are in. Returns the rotated queries (H, M, D).
     """
     M, heads, D = qkv.shape
     H_kv = k_store.shape[0]
@@ -29,7 +29,7 @@ def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store:
     q = torch.empty(H, M, D, dtype=qkv.dtype, device=qkv.device)
     if M:
         _rope_append[(M, heads)](
-            qkv, cos, sin, q, k_store, v_store, start, M, H, H_kv, k_store.stride(0), k_store.stride(1),
+            qkv, cos, sin, q, k_store, v_store, end, M, H, H_kv, k_store.stride(0), k_store.stride(1),
             **_constants(D), num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return q
@@ -37,9 +37,9 @@ def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store:
 
 def variants() -> Iterator[Variant]:
     for dtype in ("fp16", "bf16"):
-        pointers = dict.fromkeys(("qkv", "cos", "sin", "q", "k_store", "v_store"), f"*{dtype}") | {"start": "*i32"}
+        pointers = dict.fromkeys(("qkv", "cos", "sin", "q", "k_store", "v_store"), f"*{dtype}") | {"end": "*i64"}
         sizes = dict.fromkeys(("M", "H", "H_kv", "store_head", "store_row"), "i32")
-        aligned = frozenset(pointers) - {"start"} | {"store_head", "store_row"}
+        aligned = frozenset(pointers) - {"end"} | {"store_head", "store_row"}
         for D in (64, 80, 128):
             name = f"rope_append d={D} {dtype}"
             yield Variant(name, _rope_append, pointers | sizes, _constants(D), _WARPS, 1, aligned)
@@ -51,7 +51,7 @@ def _constants(D: int) -> dict[str, int]:
 
 @triton.jit
 def _rope_append(
-    qkv, cos, sin, q, k_store, v_store, start, M, H, H_kv, store_head, store_row,
+    qkv, cos, sin, q, k_store, v_store, end, M, H, H_kv, store_head, store_row,
     HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -72,7 +72,7 @@ def _rope_append(
     if head < H:
         to = q + (head.to(tl.int64) * M + token) * 2 * HALF + d
     else:
-        row = tl.load(start) + token
+        row = tl.load(end) - M + token
         store = tl.where(head < H + H_kv, k_store, v_store)
         own = tl.where(head < H + H_kv, head - H, head - H - H_kv).to(tl.int64)
         to = store + own * store_head + row * store_row + d

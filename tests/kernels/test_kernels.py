@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from sparsevila.kernels.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from sparsevila.kernels.attention import attention, attention_ref, merge_attention
 from sparsevila.kernels.compaction import compaction, compaction_ref
 from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
 from sparsevila.kernels.retrieval import retrieval, retrieval_ref
 from sparsevila.kernels.rms_norm import rms_norm, rms_norm_ref
 from sparsevila.kernels.rope import rope, rope_ref
+from sparsevila.kernels.rope_append import rope_append, rope_append_ref
 from sparsevila.kernels.saliency import saliency, saliency_ref
 from sparsevila.kernels.silu_mul import silu_mul, silu_mul_ref
 from sparsevila.kernels.top_k import top_k, top_k_ref
@@ -132,6 +134,45 @@ def test_compaction():
     compaction_ref(src, keep, want)
     assert torch.equal(got[:, :4], want[:, :4])
     assert got[:, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype):
+    x, added, weight = (rand(*shape, dtype=dtype) for shape in ((5, 344), (5, 344), (344,)))
+    added = added.flip(0)
+    total, normed = add_rms_norm(x, added, weight, 1e-6)
+    want_total, want = add_rms_norm_ref(x, added, weight, 1e-6)
+    assert torch.equal(total, x + added)
+    assert_close(total, want_total, dtype)
+    assert_close(normed, want, dtype)
+    assert_close(normed, rms_norm(total, weight, 1e-6).double(), dtype)
+    with pytest.raises(ValueError, match="expected x and added"):
+        add_rms_norm(x, added[1:], weight, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "H_kv", "M", "D", "end"), [(4, 2, 1, 64, 9), (6, 1, 3, 72, 3), (2, 2, 2, 32, 12)])
+def test_rope_append(H, H_kv, M, D, end, dtype):
+    qkv = rand(M, H + 2 * H_kv, D, dtype=dtype)
+    cos, sin = rand(2, M, D // 2, dtype=dtype)
+    got, want = (torch.full((2, H_kv, 12, D), 7.0, dtype=dtype) for _ in range(2))
+    at = torch.tensor([end])
+    assert_close(rope_append(qkv, cos, sin, *got, at), rope_append_ref(qkv, cos, sin, *want, at), dtype)
+    assert_close(got, want.double(), dtype)
+    untouched = torch.ones(12, dtype=torch.bool)
+    untouched[end - M : end] = False
+    assert (got[:, :, untouched] == 7).all()
+    with pytest.raises(ValueError, match="expected stores"):
+        rope_append(qkv, cos, sin, *got, torch.tensor(end))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_reads_what_is_in_use(dtype):
+    q, k, v = rand(6, 64, dtype=dtype), rand(2, 30, 64, dtype=dtype), rand(2, 30, 64, dtype=dtype)
+    k[:, 20:] = v[:, 20:] = torch.nan
+    got = decode_attention(q, (k, v), (k, v), torch.tensor([20, 7]))
+    assert_close(got, decode_attention_ref(q, (k, v), (k, v), torch.tensor([20, 7])), dtype)
+    assert torch.equal(got, decode_attention(q, (k[:, :20], v[:, :20]), (k[:, :7], v[:, :7])))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -109,7 +109,7 @@ def test_decode_attention(
     for store, used in zip(stores, (used_a, used_b), strict=True):
         for tensor in store:
             tensor[:, used:] = float("nan")  # what lies behind the end must not be read
-    lengths = torch.tensor([used_a, used_b], dtype=torch.int32, device=device)
+    lengths = torch.tensor([used_a, used_b], device=device)
     got = decode_attention(q, stores[0], stores[1], lengths, D**-0.5)
     a, b = ((k[:, :n], v[:, :n]) for (k, v), n in zip(stores, (used_a, used_b), strict=True))
     want = decode_attention_ref(q, a, b)
@@ -121,7 +121,7 @@ def test_decode_attention(
 
 def test_the_result_does_not_depend_on_the_capacity(dtype: torch.dtype, device: str) -> None:
     q, k, v = (rand(*shape, dtype=dtype, device=device) for shape in ((4, 64), (2, 700, 64), (2, 700, 64)))
-    lengths = torch.tensor([300, 290], dtype=torch.int32, device=device)
+    lengths = torch.tensor([300, 290], device=device)
     found = [
         decode_attention(q, (k[:, :room], v[:, :room]), (k[:, :room], v[:, :room]), lengths, 0.125)
         for room in (300, 700)
@@ -172,7 +172,7 @@ def test_rope_append_does_what_four_operations_do(D: int, dtype: torch.dtype, de
     qkv = rand(M, H + 2 * H_kv, D, dtype=dtype, device=device)
     cos, sin = rand(2, M, D // 2, dtype=dtype, device=device)
     stores = torch.full((2, H_kv, 20, D), 9.0, dtype=dtype, device=device)
-    got = rope_append(qkv, cos, sin, stores[0], stores[1], torch.tensor(start, dtype=torch.int32, device=device))
+    got = rope_append(qkv, cos, sin, stores[0], stores[1], torch.tensor([start + M], device=device))
     heads = qkv.transpose(0, 1)
     assert torch.equal(got, rope(heads[:H], cos, sin))
     rows = slice(start, start + M)
