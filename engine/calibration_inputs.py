@@ -1,4 +1,4 @@
-"""What a model is run on while it is quantised: tiles for its vision tower, embedded sequences for its decoder.
+"""What a model is run on while it is quantised: encoded media, and embedded sequences for its decoder.
 
 A sequence is written in the model's own prompt format: opening, visual tokens, question, answer. Its text is kept as
 far as it takes no more than half of the positions, and the visual tokens fill what is left from the front: of a picture
@@ -8,7 +8,6 @@ to serve every sparsity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,14 +66,6 @@ def _texts(
         return (), encode_pieces(tokenizer, [*opening, *asked], start=True)[:limit]
     before = encode_pieces(tokenizer, opening, start=True)[:limit]
     return before, encode_pieces(tokenizer, asked, start=False)[: limit - len(before)]
-
-
-def tower_tiles(model: VisionLanguageModel, media: Sequence[Frames], limit: int) -> Tensor:
-    """Up to `limit` tiles (tiles, 3, S, S) float32: the first of every item, then the second of every item, ..."""
-    tiles = [model.preprocess(frames).pixels[:limit] for frames in media]
-    rounds = max(map(len, tiles))
-    order = [item[i] for i in range(rounds) for item in tiles if i < len(item)]
-    return torch.stack(order[:limit])
 
 
 def encode_frames(model: VisionLanguageModel, frames: Frames, progress: ProgressFn = no_progress) -> VisualTokens:

@@ -26,19 +26,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import CorruptCheckpoint, InvalidRequest, SparseVILAError, UnsupportedModel
+from ..errors import CorruptCheckpoint, InvalidRequest, SparseVILAError
 from ..kernels.attention import attention
 from ..models.checkpoint import MAX_TOKENIZER_BYTES, Checkpoint
-from ..models.clip import ClipLayer, ClipTower
 from ..models.decoder import DecoderLayer
 from ..models.interface import Frames, Progress, ProgressFn, VisualTokens, no_progress
+from ..models.vision_tower import TowerBatch, VisionTower
 from ..quant.awq import ClipRecord, Rounding
 from ..quant.block import BlockRecord, QuantisedBlock, awq_block, install, linear_layers, smooth_block
 from ..quant.calibration import ChannelStats, SearchRecord, collect
@@ -47,7 +47,7 @@ from ..quant.formats import by_layer, detect
 from ..quant.plan import matrices_of
 from ..quant.scale_group import ScaledBlock
 from ..quant.stored_layer import StoredLayer
-from .calibration_inputs import CalibrationSequence, embed_sample, encode_frames, tower_tiles
+from .calibration_inputs import CalibrationSequence, embed_sample, encode_frames
 from .calibration_set import CalibrationSample
 from .calibration_set import fingerprint as samples_fingerprint
 from .config import Sparsity
@@ -58,7 +58,6 @@ from .tokenizer import load_tokenizer
 
 GROUP_SIZES = (32, 64, 128)
 PRUNED = (0.60, 0.75)  # fractions removed in prefill at which the two towers' choices are compared
-_TILES_PER_BATCH = 8
 _HELD_OUT_SHARE, _MAX_HELD_OUT = 4, 8  # one medium in four, at most eight
 _COPIED_BYTES = 256 << 20  # of unchanged tensors in one unit
 _DOCUMENT_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".md")
@@ -239,7 +238,7 @@ class _Quantiser:
 
     @property
     def _total(self) -> int:
-        tower = len(_tower_of(self.streamed.model).encoder.layers) if self._wants_tower else 0
+        tower = len(self.streamed.model.tower.blocks) if self._wants_tower else 0
         layers = self.streamed.num_layers if self._wants_decoder else 0
         return tower + layers + (self.settings.lm_head != "none")
 
@@ -279,19 +278,19 @@ class _Quantiser:
         So an unfinished tower is computed again from its first layer. It is a small part of the work.
         """
         model = self.streamed.model
-        tower = _tower_of(model)
-        layers = [tower.layer(i) for i in range(len(tower.encoder.layers))]
-        names = [f"{_name_of(model, tower)}.encoder.layers.{i}" for i in range(len(layers))]
+        tower = model.tower
+        layers = [_block(layer) for layer in tower.blocks]
+        names = [f"{_name_of(model, tower.blocks)}.{i}" for i in range(len(layers))]
         if all(map(self.writer.has, names)):
             for name in names:
                 self._recall(name)
             found = self.writer.record(names[-1])["saliency"]
             return None if found is None else SaliencyAgreement(**found)
         shown, held_out = _split(self._media())
-        x = self._tower_inputs(tower, shown) if shown else []
+        batches = self._tower_inputs(tower, shown) if shown else []
         quantised = []
         for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
-            block, done, error, x = self._tower_layer(name, layer, x)
+            block, done, error, batches = self._tower_layer(name, i, layer, batches)
             quantised.append(block)
             agreement = None
             if i == len(layers) - 1 and shown:
@@ -300,43 +299,46 @@ class _Quantiser:
             self._write(name, done, error, extra)
         return agreement
 
-    def _tower_inputs(self, tower: ClipTower, media: Sequence[Frames]) -> list[Tensor]:
-        tiles = tower_tiles(self.streamed.model, media, self.settings.max_tiles).to(self.streamed.device)
+    def _tower_inputs(self, tower: VisionTower, media: Sequence[Frames]) -> list[TowerBatch]:
         with torch.no_grad():
-            return [tower.embed(batch) for batch in tiles.split(_TILES_PER_BATCH)]
+            return tower.batches([self.streamed.model.preprocess(frames) for frames in media], self.settings.max_tiles)
 
     def _tower_layer(
-        self, name: str, layer: ClipLayer, x: list[Tensor]
-    ) -> tuple[ClipLayer, QuantisedBlock, OutputError | None, list[Tensor]]:
-        """Returns the quantised layer, what of it is stored, its error, and the original's outputs."""
+        self, name: str, index: int, layer: ScaledBlock, batches: Sequence[TowerBatch]
+    ) -> tuple[ScaledBlock, QuantisedBlock, OutputError | None, list[TowerBatch]]:
+        """Returns the quantised layer, what of it is stored, its error, and the batches behind the original layer."""
         outputs: list[Tensor] = []
 
-        def call(batch: Tensor) -> Callable[[], object]:
-            return lambda: outputs.append(layer(batch, score=False)[0])
+        def call(batch: TowerBatch) -> Callable[[], object]:
+            return lambda: outputs.append(batch.run(layer, index, batch.hidden))
 
-        stats = self._collect(name, layer, map(call, x))
+        stats = self._collect(name, layer, map(call, batches))
         block = copy.deepcopy(layer)
         with _named(name):
             done = smooth_block(block, stats, check=self._tick)
         install(block, done.weights)
-        with torch.no_grad():
-            error = _output_error(x, outputs, [block(batch, score=False)[0] for batch in x]) if x else None
-        return block, done, error, outputs
+        error = None
+        if batches:
+            with torch.no_grad():
+                again = [batch.run(block, index, batch.hidden) for batch in batches]
+            error = _output_error([batch.hidden for batch in batches], outputs, again)
+        behind = [replace(batch, hidden=hidden) for batch, hidden in zip(batches, outputs, strict=True)]
+        return block, done, error, behind
 
     def _compare_towers(
         self,
-        tower: ClipTower,
-        quantised: Sequence[ClipLayer],
+        tower: VisionTower,
+        quantised: Sequence[ScaledBlock],
         media: Sequence[Frames],
         tokens: Mapping[str, VisualTokens],
         held_out: bool,
     ) -> SaliencyAgreement:
-        original = tower.encoder.layers
-        tower.encoder.layers = torch.nn.ModuleList(quantised)
+        original = list(tower.blocks)
         try:
+            _fill(tower.blocks, quantised)
             pairs = [(f, tokens[f.key], found) for f, found in zip(media, self._encoded(media), strict=True)]
         finally:
-            tower.encoder.layers = original
+            _fill(tower.blocks, original)
         return _agreement(pairs, held_out)
 
     # The decoder
@@ -504,8 +506,6 @@ def _check_settings(settings: QuantSettings, streamed: StreamedModel, samples: S
     """Raises InvalidRequest for what cannot be done with this model and these samples, before any work."""
     if settings.lm_head != "none" and not streamed.has_head:
         raise InvalidRequest("lm_head: the output matrix is the embedding's, which cannot be quantised")
-    if settings.vision != "none":
-        _tower_of(streamed.model)
     if settings.llm != "none":
         with torch.device("meta"):
             layer = DecoderLayer(streamed.config)
@@ -524,12 +524,14 @@ def _check_settings(settings: QuantSettings, streamed: StreamedModel, samples: S
         raise InvalidRequest("calibration: expected a picture or a clip for the vision tower, got text alone")
 
 
-def _tower_of(model: Any) -> ClipTower:
-    """The tower, if it is one of those that are quantised. Raises UnsupportedModel."""
-    tower = getattr(model, "vision_tower", None)
-    if not isinstance(tower, ClipTower):
-        raise UnsupportedModel(f"vision: expected a CLIP tower, got {type(tower).__name__}", hint="leave it dense")
-    return tower
+def _block(layer: torch.nn.Module) -> ScaledBlock:
+    assert isinstance(layer, ScaledBlock)
+    return layer
+
+
+def _fill(blocks: torch.nn.ModuleList, others: Sequence[torch.nn.Module]) -> None:
+    for i, other in enumerate(others):
+        blocks[i] = other
 
 
 def _name_of(model: Any, module: torch.nn.Module) -> str:

@@ -5,6 +5,7 @@ Source: Radford et al., arXiv 2103.00020; layout of transformers' CLIPVisionMode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from ..quant.linear import Linear
 from ..quant.scale_group import ScaledBlock, ScaleGroup
 from .blocks import ACTIVATIONS, empty_embedding
 from .checkpoint import ConfigReader
+from .interface import VisualInputs
+from .vision_tower import TILES_PER_BATCH, TowerBatch, tiles_in_turn
 
 MAX_LAYERS = 256
 
@@ -160,6 +163,16 @@ class ClipTower(nn.Module):
         assert isinstance(layer, ClipLayer)
         return layer
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    def batches(self, media: Sequence[VisualInputs], limit: int) -> list[TowerBatch]:
+        """At most `limit` tiles of the media, the first of each before the second of any."""
+        weight = self.pre_layrnorm.weight
+        tiles = tiles_in_turn(media, limit).to(weight.device, weight.dtype)
+        return [TowerBatch(self.embed(some), _run_layer) for some in tiles.split(TILES_PER_BATCH)]
+
     def embed(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> what enters the first layer, (B, 1 + patches, hidden_size)."""
         return self.pre_layrnorm(self.embeddings(pixels))
@@ -178,3 +191,8 @@ class ClipTower(nn.Module):
             x, scores = layer(x, score=i == last)
         assert scores is not None
         return x[:, 1:], scores[:, 1:]
+
+
+def _run_layer(layer: nn.Module, _: int, x: Tensor) -> Tensor:
+    out: Tensor = layer(x, score=False)[0]
+    return out

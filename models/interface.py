@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .decoder import Decoder
+    from .vision_tower import VisionTower
 
 MediaKind = Literal["image", "video"]
 
@@ -186,6 +187,11 @@ class VisionLanguageModel(Protocol):
     @property
     def decoder(self) -> Decoder:
         """The language model; the runner loops over its layers."""
+        ...
+
+    @property
+    def tower(self) -> VisionTower:
+        """The vision tower, layer by layer."""
         ...
 
     @property

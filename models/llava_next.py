@@ -34,6 +34,7 @@ from .interface import (
     VisualTokens,
     no_progress,
 )
+from .vision_tower import VisionTower
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -222,6 +223,10 @@ class LlavaNext(nn.Module):
     @property
     def decoder(self) -> Decoder:
         return self.language_model
+
+    @property
+    def tower(self) -> VisionTower:
+        return self.vision_tower
 
     @property
     def media_tokens(self) -> dict[str, int]:

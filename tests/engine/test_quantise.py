@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsevila import CorruptCheckpoint, Engine, Image, InvalidRequest, SamplingParams, Sparsity
-from sparsevila.engine.calibration_inputs import embed_sample, encode_frames, tower_tiles
+from sparsevila.engine.calibration_inputs import embed_sample, encode_frames
 from sparsevila.engine.calibration_set import CalibrationSample
 from sparsevila.engine.media import load_image
 from sparsevila.engine.quantise import QuantReport, QuantSettings, quantise_checkpoint
@@ -30,6 +30,7 @@ from sparsevila.engine.tokenizer import load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, Progress, VisualTokens
 from sparsevila.models.registry import load_model
+from sparsevila.models.vision_tower import tiles_in_turn
 from sparsevila.quant.awq import quantise_int4
 from sparsevila.quant.formats import by_layer, detect, read_layer
 from sparsevila.quant.plan import scheme_name
@@ -466,11 +467,11 @@ def test_a_sequence_of_text_alone(shell: StreamedModel) -> None:
 
 
 def test_tiles_come_from_every_picture(shell: StreamedModel) -> None:
-    media = [picture(1), picture(2, 60, 160), picture(3)]
-    tiles = [shell.model.preprocess(frames).pixels for frames in media]
-    found = tower_tiles(shell.model, media, 5)
+    media = [shell.model.preprocess(frames) for frames in (picture(1), picture(2, 60, 160), picture(3))]
+    tiles = [inputs.pixels for inputs in media]
+    found = tiles_in_turn(media, 5)
     assert torch.equal(found, torch.stack([tiles[0][0], tiles[1][0], tiles[2][0], tiles[0][1], tiles[1][1]]))
-    assert len(tower_tiles(shell.model, media, 1000)) == sum(map(len, tiles))
+    assert len(tiles_in_turn(media, 1000)) == sum(map(len, tiles))
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
