@@ -110,14 +110,15 @@ class Replay:
         self.engine, self.decoder = engine, engine.model.decoder
         self.layers = len(self.decoder.layers)
         embeds: list[torch.Tensor] = []
+        self.positions: list[torch.Tensor] = []  # (n,) or (3, n) of each part
+        self.next_position = 0
         self.visual: list[bool] = []  # per token of the sequence
         self.turn: list[int | None] = []  # the turn whose active set a row reads; None reads everything before it
         self.predicts: list[tuple[int, int, int]] = []  # (turn, row, token that came after it)
         self.questions: list[range] = []
 
         def text(ids: tuple[int, ...], turn: int | None) -> None:
-            embeds.append(self.decoder.embed(torch.tensor(ids, dtype=torch.long)))
-            self.visual.extend([False] * len(ids))
+            embeds.append(self._text(ids))
             self.turn.extend([turn] * len(ids))
 
         driver = session._driver(None, lambda _: None)
@@ -132,6 +133,7 @@ class Replay:
                 entry = next(placed)
                 tokens = entry.survivors.tokens
                 embeds.append(engine.model.embed_visual(tokens))
+                self._place(*engine.model.visual_positions(tokens.token_map, self.next_position))
                 self.visual.extend((~tokens.token_map.structural).tolist())
                 self.turn.extend([None] * len(tokens))
             asked = replace(record.asked, records=state.records[:t])
@@ -147,11 +149,25 @@ class Replay:
         self.hidden = torch.cat(embeds)
         self.active = [s.active for s in session.selections]
 
+    def _place(self, positions: torch.Tensor, next_position: int) -> None:
+        self.positions.append(positions)
+        self.next_position = next_position
+
+    def _text(self, ids: tuple[int, ...]) -> torch.Tensor:
+        self._place(*self.engine.model.text_positions(len(ids), self.next_position))
+        self.visual.extend([False] * len(ids))
+        return self.decoder.embed(torch.tensor(ids, dtype=torch.long))
+
+    def append(self, ids: tuple[int, ...]) -> None:
+        """More text, which reads everything before it."""
+        self.hidden = torch.cat([self.hidden, self._text(ids)])
+        self.turn += [None] * len(ids)
+
     def run(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits (S, V) of every row and attention (H, S, S) float64 of every layer."""
         S = len(self.turn)
         visual = torch.tensor(self.visual)
-        cos, sin = self.decoder.angles(torch.arange(S))
+        cos, sin = self.decoder.angles(torch.cat(self.positions, dim=-1))
         hidden, attention = self.hidden, []
         for i, layer in enumerate(self.decoder.layers):
             allowed = torch.ones(S, S, dtype=torch.bool).tril()
@@ -181,7 +197,7 @@ class TestReplay:
         assert [token for _, _, token in replay.predicts] == [i for r in results for i in r.token_ids]
         for turn, row, token in replay.predicts:
             assert int(logits[row].argmax()) == token, f"turn {turn}"
-        assert len(replay.turn) == session._cache.next_position
+        assert replay.next_position == session._cache.next_position
         # Keys and values themselves, in the order of each store.
         visual = torch.tensor(replay.visual)
         assert session._cache.visual_lens() == [int(visual.sum())] * replay.layers
@@ -209,9 +225,7 @@ class TestReplay:
         asked = session._driver(None, lambda _: None)._question_ids(session._state, "Last?")
         session._engine.reserve(session._cache, visual=0, text=len(asked))
         got = engine.runner.logits(engine.runner.prefill(session._cache, [TextSpan(asked)], method=Method()).hidden)
-        replay.hidden = torch.cat([replay.hidden, replay.decoder.embed(torch.tensor(asked))])
-        replay.visual += [False] * len(asked)
-        replay.turn += [None] * len(asked)
+        replay.append(asked)
         want = replay.run()[0][-1]
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -746,7 +760,7 @@ class TestAnswers:
             engine.tokenizer.decode(record.answer_ids) == result.text[: len(engine.tokenizer.decode(record.answer_ids))]
         )
         replay = Replay(session)
-        assert len(replay.turn) == session._cache.next_position
+        assert replay.next_position == session._cache.next_position
 
     def test_eos_ends_the_answer(self, engines, monkeypatch):
         engine = engines["mistral"]
