@@ -1,9 +1,9 @@
 """Where models are: aliases, folders on this machine, the Hugging Face cache, and the explicit download.
 
 `resolve` and `list_models` never touch the network and do not import `huggingface_hub`. `download` is the
-one function that does, and runs only where a user asked for it. It fetches JSON files, safetensors and
-`tokenizer.model`, nothing that could hold code or pickles, into a folder that `resolve` does not look at, and
-renames that folder once every checksum is right.
+one function that does, and runs only where a user asked for it. It fetches JSON files, safetensors and the
+tokenizer's files, of a folder of sub-models those of each, nothing that could hold code or pickles, into a folder
+that `resolve` does not look at, and renames that folder once every checksum is right.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from ..errors import CorruptCheckpoint, ModelNotFound, SparseVILAError
-from ..models.checkpoint import Checkpoint, shown
+from ..models.checkpoint import INNER_ROOT, SUB_FOLDERS, Checkpoint, shown
 from ..models.interface import Progress, ProgressFn, no_progress
 
 DISK_MARGIN_BYTES: Final = 256 << 20  # left free beside a download
@@ -35,7 +35,10 @@ QUANTISED: Final = "-w8a8-w4a16"  # behind a model's name: the copy of it that w
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WANTED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(safetensors|json)|tokenizer\.model")
+_WANTED = re.compile(
+    rf"((?:{INNER_ROOT}/)?(?:{'|'.join(SUB_FOLDERS)})/)?"
+    r"([A-Za-z0-9][A-Za-z0-9._-]*\.(safetensors|json)|tokenizer\.model|merges\.txt)"
+)
 _HASH_STEP = 8 << 20
 
 
@@ -522,6 +525,7 @@ def _fetch(
     if _host(place) != _host(url):
         headers.pop("authorization", None)  # the token is for the hub, not for the store it points to
     part = staging / file.part
+    part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("r+b" if part.exists() else "w+b") as raw:
         if part.stat().st_size > file.size:
             raw.truncate(0)

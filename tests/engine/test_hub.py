@@ -446,6 +446,19 @@ def test_a_download_brings_the_wanted_files_and_no_others(tiny_hub, places):
     assert fetched == FILES.keys()
 
 
+def test_a_folder_of_sub_models_comes_with_its_folders(tiny_hub, places):
+    part = {"config.json": b"{}", "model.safetensors": FILES["model.safetensors"]}
+    wanted = {"config.json": b'{"model_type": "llava_llama"}', "llm/tokenizer_config.json": b"{}"}
+    wanted |= {f"llm/{name}": data for name, data in {**part, "vocab.json": b"{}", "merges.txt": b""}.items()}
+    wanted |= {f"{folder}/{name}": data for folder in ("vision_tower", "mm_projector") for name, data in part.items()}
+    unwanted = {"llm/pytorch_model.bin": b"", "llm/inner/config.json": b"{}", "trainer/state.json": b"{}"}
+    tiny_hub.files = wanted | unwanted
+    found = get(tiny_hub, places)
+    files = {str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file()}
+    assert files == {*wanted, hub.SOURCE_FILE}
+    assert all((found.path / name).read_bytes() == data for name, data in wanted.items())
+
+
 def test_what_is_here_is_not_fetched_again(tiny_hub, places):
     first = get(tiny_hub, places)
     tiny_hub.requests.clear()
