@@ -18,6 +18,8 @@ from .weights import load_weights
 ARCHITECTURES = {
     "LlavaNextForConditionalGeneration": "llava_next:LlavaNext",
     "LlavaNextVideoForConditionalGeneration": "llava_next:LlavaNext",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
 }
 
 _TIED_HEAD = "language_model.lm_head.weight"
