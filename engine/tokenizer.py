@@ -1,7 +1,9 @@
 """Text to token ids and back, from a checkpoint's own tokenizer files.
 
 The only file that imports tokenizer packages. Two backends: SentencePiece (`tokenizer.model`) and BPE in a
-`tokenizer.json`, both Llama-like (a space is U+2581, bytes are pieces) and byte-level (Qwen, Llama 3).
+`tokenizer.json`, both Llama-like (a space is U+2581, bytes are pieces) and byte-level (Qwen, Llama 3). Qwen's older
+form, `vocab.json` with `merges.txt`, is turned into the latter. Of a folder of sub-models it is the language model's
+folder that has them.
 
 Where a folder has both files, `tokenizer.model` is taken: it is what the model was trained with, and
 `tokenizer.json` is made from it by converters of which several left a wrong normaliser or prefix rule.
@@ -24,6 +26,11 @@ from ..models.checkpoint import MAX_TOKENIZER_BYTES, Checkpoint, shown
 
 SPACE: Final = "\u2581"  # how SentencePiece writes a space
 MAX_VOCAB: Final = 1 << 22  # the largest vocabularies in use have 256 thousand entries
+_QWEN2_CLASSES: Final = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# How Qwen2 cuts text before BPE. Source: Qwen2Converter of transformers.
+_QWEN2_SPLIT: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PROBE: Final = "A b\n\u00e9 \U0001f600 1"  # encoded once at load: a backend that cannot is found out there
 
 Encode = Callable[[str, bool], list[int]]  # (text, first) -> ids
@@ -128,9 +135,12 @@ class Tokenizer:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint. Raises CorruptCheckpoint, or UnsupportedModel for another kind of tokenizer."""
+    checkpoint = checkpoint.language
     config = checkpoint.read_json("tokenizer_config.json") or {}
     if checkpoint.has("tokenizer.model"):
         vocabulary = _sentencepiece(checkpoint.read_bytes("tokenizer.model", MAX_TOKENIZER_BYTES))
+    elif checkpoint.has("vocab.json") and not checkpoint.has("tokenizer.json"):
+        vocabulary = _tokenizer_json(_from_vocab_and_merges(checkpoint, config))
     else:
         whole = checkpoint.read_json("tokenizer.json", required=True, max_bytes=MAX_TOKENIZER_BYTES)
         vocabulary = _tokenizer_json(whole)
@@ -255,6 +265,34 @@ def _tokenizer_json(values: dict[str, Any]) -> _Vocabulary:
         adds_bos=not steps.is_byte_level or _template_begins_with_token(values.get("post_processor")),
         ids=ids,
     )
+
+
+def _from_vocab_and_merges(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tokenizer.json` would hold of a Qwen2 tokenizer that was saved as `vocab.json` and `merges.txt`.
+
+    Those two do not say how text is cut: the class that the config names does, and another one is refused.
+    """
+    kind = config.get("tokenizer_class")
+    if kind not in _QWEN2_CLASSES:
+        raise UnsupportedModel(f"vocab.json with merges.txt: expected a {_QWEN2_CLASSES[0]}, got {shown(kind)}")
+    try:
+        lines = checkpoint.read_bytes("merges.txt", MAX_TOKENIZER_BYTES).decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        _corrupt("merges.txt", "expected UTF-8 text")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if not all(len(pair) == 2 and all(pair) for pair in merges):
+        _corrupt("merges.txt", "expected two pieces a line")
+    split = {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "model": {
+            "type": "BPE",
+            "vocab": checkpoint.read_json("vocab.json", required=True, max_bytes=MAX_TOKENIZER_BYTES),
+            "merges": merges,
+        },
+    }
 
 
 def _guarded(file: str, reason: str, call: Callable[[], Any]) -> Any:

@@ -36,7 +36,12 @@ SIZE_TOLERANCE: Final = 0.01  # of the index's total_size, which some writers co
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
-TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json")
+TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json", "vocab.json")
+
+# A folder of sub-models (NVILA, LongVILA): each of these is a checkpoint of its own, with config and weights.
+LANGUAGE_FOLDER: Final = "llm"
+SUB_FOLDERS: Final = (LANGUAGE_FOLDER, "vision_tower", "mm_projector")
+INNER_ROOT: Final = "model"  # some training scripts put all of it one level down
 
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -246,16 +251,19 @@ def _stays_inside(folder: Path, path: Path) -> bool:
 class Checkpoint:
     """One model folder whose names, sizes and offsets have been checked. Holds no file open.
 
-    `tensors` maps every tensor name to its place; `notes` are plain sentences about what was ignored.
+    `tensors` maps every tensor name to its place; `notes` are plain sentences about what was ignored. `folders` are
+    the checkpoints of the sub-models by the names of their folders, where the model is a folder of sub-models: their
+    tensors are in `tensors` too, under `<folder>.<name>`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Use `Checkpoint.open`; this alone checks nothing."""
+    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+        """Use `Checkpoint.open`; this alone checks nothing. `root`: of a sub-model, the folder of the whole."""
         self.folder = folder
-        self._real = folder.resolve()
+        self._real = (root or folder).resolve()
         self.config: dict[str, Any] = {}
         self.tensors: Mapping[str, TensorInfo] = {}
         self.notes: tuple[str, ...] = ()
+        self.folders: Mapping[str, Checkpoint] = {}
 
     @classmethod
     def open(cls, folder: str | Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -264,17 +272,22 @@ class Checkpoint:
         `tokenizer=False` for a folder that needs none, such as a vision tower alone. Raises ModelNotFound where
         there is no model at all, CorruptCheckpoint where a part is missing or damaged.
         """
-        checkpoint = cls(Path(folder))
-        if not checkpoint.folder.is_dir():
-            what = "is not a folder" if checkpoint.folder.exists() else "does not exist"
-            raise ModelNotFound(
-                f"{checkpoint.folder} {what}", hint="give a folder with config.json and safetensors files"
-            )
-        shards = checkpoint._require_files(tokenizer=tokenizer)
-        checkpoint.config = checkpoint.read_json("config.json", required=True)
-        checkpoint.tensors = checkpoint._read_headers(shards)
-        checkpoint.notes = (*checkpoint.notes, *checkpoint._ignored())
+        folder = Path(folder)
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise ModelNotFound(f"{folder} {what}", hint="give a folder with config.json and safetensors files")
+        inner = cls(folder / INNER_ROOT, root=folder)
+        checkpoint = inner if inner._is_divided() else cls(folder)
+        if checkpoint._is_divided():
+            checkpoint._open_folders(tokenizer=tokenizer)
+        else:
+            checkpoint._open_files(tokenizer=tokenizer)
         return checkpoint
+
+    @property
+    def language(self) -> Checkpoint:
+        """Where config and tokenizer of the language model are: a folder of its own, or this one."""
+        return self.folders.get(LANGUAGE_FOLDER, self)
 
     @property
     def weight_bytes(self) -> int:
@@ -325,7 +338,7 @@ class Checkpoint:
         if missing := sorted(wanted - self.tensors.keys()):
             raise CorruptCheckpoint(f"tensor {shown(missing[0])} is not in {self.folder}")
         part = Checkpoint(self.folder)
-        part.config, part.notes = self.config, self.notes
+        part._real, part.config, part.notes, part.folders = self._real, self.config, self.notes, self.folders
         part.tensors = {name: info for name, info in self.tensors.items() if name in wanted}
         return part
 
@@ -374,14 +387,58 @@ class Checkpoint:
             _corrupt(name, "is not a regular file")
         return path
 
-    def _require_files(self, *, tokenizer: bool) -> list[str]:
+    def _open_files(self, *, tokenizer: bool, weights: bool = True) -> None:
+        """Checks and reads a folder that holds config and weights itself."""
+        shards = self._require_files(tokenizer=tokenizer, weights=weights)
+        self.config = self.read_json("config.json", required=True)
+        self.tensors = self._read_headers(shards, empty_ok=not weights)
+        self.notes = (*self.notes, *self._ignored())
+
+    def _is_divided(self) -> bool:
+        """Whether this is a folder of sub-models. The keys and folders of one that is damaged count as well."""
+        if not self.folder.is_dir() or self.has(SINGLE_FILE) or self.has(INDEX_FILE):
+            return False
+        if any((self.folder / name).is_dir() for name in SUB_FOLDERS):
+            return True
+        return self.has("config.json") and f"{LANGUAGE_FOLDER}_cfg" in self.read_json("config.json", required=True)
+
+    def _open_folders(self, *, tokenizer: bool) -> None:
+        """Checks and reads a folder of sub-models. Errors name the sub-folder.
+
+        The paths that the config gives for them are those of the machine it was written on: the folder names count.
+        """
+        missing = [f"{name}/" for name in SUB_FOLDERS if not (self.folder / name).is_dir()]
+        if not self.has("config.json"):
+            missing.insert(0, "config.json")
+        if missing:
+            raise CorruptCheckpoint(
+                f"{self.folder}: missing {'; '.join(missing)}",
+                hint=f"a model of this kind has the folders {', '.join(SUB_FOLDERS)}: copy what is missing",
+            )
+        self.config = self.read_json("config.json", required=True)
+        folders, tensors = {}, {}
+        for name in SUB_FOLDERS:
+            part = Checkpoint(self.folder / name, root=self._real)
+            try:
+                config = part.read_json("config.json") or {}
+                has_weights = config.get("mm_projector_type") != "identity"
+                part._open_files(tokenizer=tokenizer and name == LANGUAGE_FOLDER, weights=has_weights)
+            except (CorruptCheckpoint, ModelNotFound) as error:
+                raise CorruptCheckpoint(f"{name}/: {error}", hint=error.hint) from None
+            folders[name] = part
+            tensors.update({f"{name}.{tensor}": info for tensor, info in part.tensors.items()})
+            self.notes = (*self.notes, *(f"{name}/: {note}" for note in part.notes))
+        self.folders, self.tensors = folders, tensors
+        self.notes = (*self.notes, *self._ignored())
+
+    def _require_files(self, *, tokenizer: bool, weights: bool = True) -> list[str]:
         """The names of the shards. Raises one error that lists everything that is missing."""
-        shards, missing = self._shards()
+        shards, missing = self._shards() if weights or self.has(SINGLE_FILE) or self.has(INDEX_FILE) else ([], [])
         no_config = not self.has("config.json")
         if no_config:
             missing.insert(0, "config.json")
         if tokenizer and not any(self.has(name) for name in TOKENIZER_FILES):
-            missing.append("a tokenizer (tokenizer.model or tokenizer.json)")
+            missing.append("a tokenizer (tokenizer.model, tokenizer.json, or vocab.json with merges.txt)")
         if not missing:
             return shards
         kind = ModelNotFound if no_config and not shards else CorruptCheckpoint
@@ -416,7 +473,7 @@ class Checkpoint:
                 )
         return weight_map
 
-    def _read_headers(self, shards: Sequence[str]) -> dict[str, TensorInfo]:
+    def _read_headers(self, shards: Sequence[str], *, empty_ok: bool = False) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             found = read_header(self._path(shard))
@@ -424,6 +481,8 @@ class Checkpoint:
                 _corrupt(shard, f"tensor {shown(name)} is also in {tensors[name].file.name}")
             tensors.update(found)
         if not tensors:
+            if empty_ok:
+                return {}
             _corrupt(SINGLE_FILE, "holds no tensor")
         if not self.has(SINGLE_FILE):
             self._check_index(tensors)

@@ -118,21 +118,30 @@ class ClipLayer(ScaledBlock):
         self.mlp = _MLP(config)
 
     def forward(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, hidden) -> the layer's output and, if asked, what the summary token's row sees, (B, S) float32."""
+        """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32."""
+        attended, scores = self.attend(x, score=score)
+        x = x + attended
+        return x + self.mlp(self.layer_norm2(x)), scores
+
+    def attend(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
+        """What attention adds to x (B, S, hidden), and the scores as in `forward`."""
         B, S, size = x.shape
         qkv = self.self_attn.qkv_proj(self.layer_norm1(x)).reshape(B, S, 3, self.self_attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
-        scores = saliency(q[:, :, :1], k) if score else None
+        scores = saliency(self.raters(q), k) if score else None
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, size)
-        x = x + self.self_attn.out_proj(attended)
-        return x + self.mlp(self.layer_norm2(x)), scores
+        return self.self_attn.out_proj(attended), scores
+
+    def raters(self, q: Tensor) -> Tensor:
+        """The rows of q (B, heads, S, head_dim) whose attention is the saliency: the summary token's."""
+        return q[:, :, :1]
 
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Norms feed qkv and fc1, values reach out_proj as weighted means; before fc2 stands an activation."""
         attn, mlp = self.self_attn, self.mlp
         size = attn.out_proj.in_features
         heads = HeadGroups(attn.num_heads, attn.num_heads, size // attn.num_heads)
-        v = attn.qkv_proj.parts["v_proj"]
+        v = attn.qkv_proj.parts.get("v_proj", slice(2 * size, 3 * size))  # without parts: one tensor in the checkpoint
         return (
             ScaleGroup({"self_attn.qkv_proj": attn.qkv_proj}, self.layer_norm1),
             ScaleGroup({"self_attn.out_proj": attn.out_proj}, attn.qkv_proj, rows=v, heads=heads),

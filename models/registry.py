@@ -20,7 +20,11 @@ ARCHITECTURES = {
     "LlavaNextVideoForConditionalGeneration": "llava_next:LlavaNext",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
+    "LlavaLlamaModel": "nvila:Nvila",
 }
+
+# NVILA and VILA once more under another key map (repositories ending in -hf): known by name, not read.
+_REPACKED_TYPES = ("vila", "nvila", "nvila_lite")
 
 _TIED_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.embed_tokens.weight"
@@ -31,6 +35,11 @@ def build_model(checkpoint: Checkpoint) -> VisionLanguageModel:
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CorruptCheckpoint(f"config.json: architectures: expected one name, got {names!r:.100}")
+    if (kind := checkpoint.config.get("model_type")) in _REPACKED_TYPES:
+        raise UnsupportedModel(
+            f"model_type {kind!r} ({names[0]!r:.100}) is a repackaged VILA, whose tensor names are not read here",
+            hint="take the repository without -hf, which has the folders llm, vision_tower and mm_projector",
+        )
     target = ARCHITECTURES.get(names[0])
     if target is None:
         raise UnsupportedModel(
@@ -62,11 +71,26 @@ def load_model(
     without such layers.
     """
     model: Any = build_model(checkpoint)
-    plan = QuantPlan.of(model, checkpoint.headers(), model.rename, _quantization_config(checkpoint))
+    plan = _quant_plan(model, checkpoint)
     plan.apply(model, w4a8=w4a8)
     tied = tied_weights(model)
     load_weights(model, checkpoint, model.rename, tied=tied, dtype=dtype, device=device, plan=plan, progress=progress)
     return model.eval()
+
+
+def _quant_plan(model: Any, checkpoint: Checkpoint) -> QuantPlan:
+    """The plan by the config of the whole; where sub-models have configs of their own, by theirs and their names."""
+    whole = _quantization_config(checkpoint)
+    if whole is not None or not checkpoint.folders:
+        return QuantPlan.of(model, checkpoint.headers(), model.rename, whole)
+
+    def of_folder(folder: str, part: Checkpoint) -> QuantPlan:
+        def rename(name: str) -> str | None:
+            return model.rename(f"{folder}.{name}")
+
+        return QuantPlan.of(model, part.headers(), rename, _quantization_config(part))
+
+    return QuantPlan.joined(of_folder(folder, part) for folder, part in checkpoint.folders.items())
 
 
 def _quantization_config(checkpoint: Checkpoint) -> QuantizationConfig | None:

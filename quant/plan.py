@@ -8,7 +8,7 @@ The tensors decide, layer by layer (`formats.py`); nothing above a layer knows a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,7 @@ class PlannedMatrix:
     suffixes: frozenset[str]  # of its tensors, the bias not among them
     shape: tuple[int, int]  # (N, K)
     scheme: Scheme
+    config: QuantizationConfig
 
     @property
     def group_size(self) -> int:
@@ -44,7 +45,6 @@ class PlannedMatrix:
 class QuantPlan:
     """The quantised matrices of a checkpoint by the model's own names, fused layers part by part."""
 
-    config: QuantizationConfig | None = None
     matrices: Mapping[str, PlannedMatrix] = field(default_factory=dict)
 
     @staticmethod
@@ -81,8 +81,13 @@ class QuantPlan:
                 raise UnsupportedModel(
                     f"layer {stored_name}: expected at most {MAX_IN_FEATURES} inputs with 8 bits, got {shapes[name][1]}"
                 )
-            found[name] = PlannedMatrix(stored_name, frozenset(tensors) - {"bias"}, shapes[name], scheme)
-        return QuantPlan(config, found)
+            found[name] = PlannedMatrix(stored_name, frozenset(tensors) - {"bias"}, shapes[name], scheme, config)
+        return QuantPlan(found)
+
+    @staticmethod
+    def joined(plans: Iterable[QuantPlan]) -> QuantPlan:
+        """One plan for a model whose parts were quantised each with its own config."""
+        return QuantPlan({name: matrix for plan in plans for name, matrix in plan.matrices.items()})
 
     def apply(self, model: nn.Module, *, w4a8: bool = False) -> None:
         """Replaces the layers of a model on `meta` whose matrices are quantised.
@@ -110,9 +115,8 @@ class QuantPlan:
 
     def read(self, name: str, tensors: Mapping[str, Tensor]) -> Int4Weight | Int8Weight:
         """The matrix of that name from its stored tensors by suffix. Raises CorruptCheckpoint."""
-        assert self.config is not None
         matrix = self.matrices[name]
-        return read_layer(StoredLayer(matrix.stored_name, tensors), matrix.shape, self.config)
+        return read_layer(StoredLayer(matrix.stored_name, tensors), matrix.shape, matrix.config)
 
 
 def matrices_of(model: nn.Module) -> Iterator[tuple[str, str, str, tuple[int, int]]]:
