@@ -8,7 +8,8 @@ Per decoder layer there are three stores, keys already rotated:
 - active: a compacted copy of the visual entries that this turn may read.
 
 A checkpoint is a few lengths; restoring one forgets what came after it. Lengths are kept per layer, because a
-method may prune inside the language model.
+method may prune inside the language model. The host keeps the books; while an answer is decoded, a copy of the lengths
+on the device is what its steps read and count up (`lengths`), so that none of them waits for the host.
 """
 
 from __future__ import annotations
@@ -53,15 +54,16 @@ class _Store:
     def capacity(self) -> int:
         return self.k.shape[1]
 
-    def reserve(self, capacity: int) -> None:
-        """Makes room for `capacity` entries; what is there stays."""
+    def reserve(self, capacity: int) -> bool:
+        """Makes room for `capacity` entries; what is there stays. Whether it had to move."""
         if capacity <= self.capacity:
-            return
+            return False
         for name in ("k", "v"):
             old = getattr(self, name)
             new = torch.empty(old.shape[0], capacity, old.shape[2], dtype=old.dtype, device=old.device)
             new[:, : self.length] = old[:, : self.length]
             setattr(self, name, new)
+        return True
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """k, v (H_kv, n, D)."""
@@ -93,6 +95,9 @@ class KVCache:
         self.num_layers = num_layers
         self.next_position = 0
         self.sparse = False  # whether this turn reads the active set
+        self.moves = 0  # how often stores were allocated anew: what has kept an address asks whether it still holds
+        # Per layer: entries of (active set or visual store, text store). Valid from `publish` to the next prefill.
+        self.lengths = torch.zeros(num_layers, 2, dtype=torch.int64, device=device)
         self._entry_bytes = 2 * num_kv_heads * head_dim * torch.empty((), dtype=dtype).element_size()
 
     # Capacity
@@ -108,7 +113,7 @@ class KVCache:
         """Makes room for that many more entries in every layer. Called between turns and before a prefill."""
         for stores, more in ((self.visual, visual), (self.text, text)):
             for store in stores:
-                store.reserve(_grown(store, more))
+                self.moves += store.reserve(_grown(store, more))
 
     # Writing
 
@@ -127,12 +132,15 @@ class KVCache:
 
     def activate(self, keep: Sequence[Tensor]) -> None:
         """Compacts the visual entries keep[layer] (k,) int64, ascending, into the active set of each layer."""
-        for layer, indices in enumerate(keep):
-            source, target = self.visual[layer], self.active[layer]
+        for target, indices in zip(self.active, keep, strict=True):
             target.length = 0
-            target.reserve(_rounded(len(indices)))
-            compaction(source.k[:, : source.length], indices, target.k)
-            compaction(source.v[:, : source.length], indices, target.v)
+            self.moves += target.reserve(_rounded(len(indices)))
+        compaction(
+            [t[:, : source.length] for source in self.visual for t in (source.k, source.v)],
+            [indices for indices in keep for _ in range(2)],
+            [t for target in self.active for t in (target.k, target.v)],
+        )
+        for target, indices in zip(self.active, keep, strict=True):
             target.length = len(indices)
         self.sparse = True
 
@@ -161,6 +169,27 @@ class KVCache:
     def read_bytes(self) -> int:
         """Bytes of keys and values that one decode step reads."""
         return (sum(self.active_lens()) + sum(store.length for store in self.text)) * self._entry_bytes
+
+    # Decoding: the lengths on the device
+
+    def publish(self) -> None:
+        """Writes the lengths to the device, before the first step of an answer."""
+        seen = self.active if self.sparse else self.visual
+        lengths = [[s.length, t.length] for s, t in zip(seen, self.text, strict=True)]
+        self.lengths.copy_(torch.tensor(lengths), non_blocking=True)
+
+    def advance(self) -> None:
+        """Books the text token that the next step puts into every layer and counts on the device."""
+        for store in self.text:
+            assert store.length < store.capacity, f"no room for a token behind {store.length} entries"
+            store.length += 1
+        self.next_position += 1
+
+    def stores(self, layer: int) -> tuple[Segment, Segment]:
+        """(active set or visual store, text store) of one layer, up to their capacities."""
+        seen = (self.active if self.sparse else self.visual)[layer]
+        text = self.text[layer]
+        return (seen.k, seen.v), (text.k, text.v)
 
     # Rolling back
 

@@ -122,7 +122,8 @@ class Stats:
     prefill_s: float = 0.0  # media prefix and question
     retrieval_s: float = 0.0  # ranking and compaction
     ttft_s: float = 0.0  # from the call to the first token
-    decode_s: float = 0.0
+    decode_s: float = 0.0  # from the first token to the last, warm-up left out
+    warmup_s: float = 0.0  # compiling and capturing the decode step, where this turn was the first to need it
     prompt_tokens: int = 0  # prefilled in this turn
     cached_tokens: int = 0  # found in the cache
     visual_tokens_total: int = 0  # the encoder's

@@ -50,6 +50,12 @@ class Meter:
         self.add("output_tokens", is_text)
         self.note(decode_s=now - self._first_token)
 
+    def warmed_up(self, seconds: float) -> None:
+        """Time that went into compiling and capturing: reported by itself, and not as decoding."""
+        if seconds > 0:
+            self._first_token += seconds
+            self.add("warmup_s", seconds)
+
     def stats(self) -> Stats:
         """The figures so far."""
         steps = self._sampled - 1

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..kernels.attention import attention, merge_attention
-from ..kernels.decode_attention import decode_attention
 from ..kernels.retrieval import retrieval
 from ..models.interface import Progress, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
 from .cache import KVCache
+from .decode_step import AngleTable, Answer, DecodeStep
+from .sampler import Sampler
 from .sparsity.base import Method, Rows
 
 CHUNK_TOKENS = 1024  # bounds a prefill's activations; results depend on it only by rounding
@@ -77,12 +79,20 @@ class _Chunk:
 
 
 class Runner:
-    """Stateless but for the model: the cache is an argument."""
+    """Knows the model; the cache is an argument. What it keeps for each cache are buffers (and graphs) of its steps.
 
-    def __init__(self, model: VisionLanguageModel, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    `runs_ahead` lets a step begin before the host has read the token it follows; None: on a GPU.
+    """
+
+    def __init__(
+        self, model: VisionLanguageModel, *, chunk_tokens: int = CHUNK_TOKENS, runs_ahead: bool | None = None
+    ) -> None:
         self.model = model
         self.decoder = model.decoder
         self.chunk_tokens = chunk_tokens
+        self.runs_ahead = self.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._angles = AngleTable(model, self.device)
+        self._steps: WeakKeyDictionary[KVCache, DecodeStep] = WeakKeyDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -234,20 +244,32 @@ class Runner:
 
     # Decode
 
+    def answer(self, cache: KVCache, hidden: Tensor, sampler: Sampler, limit: int) -> Answer:
+        """The answer behind a prefill that left `hidden`; the cache has room for `limit` more text tokens."""
+        return Answer(
+            self._step_of(cache), cache, sampler, lambda: self.logits(hidden), self.step,
+            limit=limit, runs_ahead=self.runs_ahead, device=self.device,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def step(self, step: DecodeStep, cache: KVCache, sampler: Sampler) -> None:
+        """One step of an answer: appends the token that was chosen last and chooses the next, without waiting."""
+        cache.advance()
+        step.run(cache, sampler)
+
     @torch.inference_mode()
     def decode(self, cache: KVCache, token_id: int) -> Tensor:
-        """Appends one token and returns the logits (vocab_size,) float32 of the next."""
-        positions, next_position = self.model.text_positions(1, cache.next_position)
-        hidden = self.decoder.embed(torch.tensor([token_id], device=self.device))
-        cos, sin = self.decoder.angles(positions.to(self.device))
-        for layer in range(cache.num_layers):
-            module = self.decoder.layer(layer)
-            q, k, v = module.project(hidden, cos, sin)
-            cache.append(layer, k, v)
-            attended = decode_attention(q[:, 0], *cache.segments(layer))
-            hidden = module.finish(hidden, attended[:, None])
-        cache.next_position = next_position
-        return self.logits(hidden[0])
+        """Appends one token that the caller chose and returns the logits (vocab_size,) float32 of the next."""
+        step = self._step_of(cache)
+        step.begin(cache)
+        step.feed(token_id)
+        cache.advance()
+        return step.forward(cache)
+
+    def _step_of(self, cache: KVCache) -> DecodeStep:
+        if cache not in self._steps:
+            self._steps[cache] = DecodeStep(self.model, self._angles, self.device)
+        return self._steps[cache]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..models.interface import ProgressFn, PromptPiece, no_progress
 from .cache import KVCache
 from .config import Chunk, FinishReason, SamplingParams
 from .conversation import MediaItem, Placed, Policy, Record, State, select
+from .decode_step import Answer
 from .diagnostics import Selection
 from .meter import Meter
 from .prompt import encode_pieces
@@ -164,7 +165,7 @@ class TurnDriver:
         active = None
         if scores is not None:
             with self._meter.timed("retrieval"), self._engine.device_work(), torch.inference_mode():
-                if all(torch.isfinite(layer).all() for layer in scores):
+                if bool(torch.stack([layer.isfinite().all() for layer in scores]).all()):  # one wait for all layers
                     active = self._method(state).on_turn(scores)
                 else:
                     warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=2)
@@ -201,10 +202,10 @@ class TurnDriver:
         sampler = Sampler(params)
         limit = min(params.max_new_tokens, engine.max_context - self._closing_len() - cache.next_position)
         engine.reserve(cache, text=limit + self._closing_len())  # what comes after the last token may not fail either
-        logits = self._first_logits(prefilled)
+        answer = engine.runner.answer(cache, prefilled.hidden, sampler, limit)
         reason: FinishReason | None = None
         for index in range(limit):
-            token = sampler(logits)
+            token = self._next(answer)
             ends = token in engine.tokenizer.eos_ids
             self._meter.token(is_text=not ends)
             if ends:
@@ -215,11 +216,16 @@ class TurnDriver:
             if stream.stopped:
                 reason = "stop"
                 break
-            if index == limit - 1:
-                break
-            self._check()
-            logits = self._step(token)
+            if index < limit - 1:
+                self._check()
         yield Chunk(stream.flush(), None, index, reason or "length")
+
+    def _next(self, answer: Answer) -> int:
+        before = answer.warmup_s
+        with self._engine.device_work():
+            token = answer.next()
+        self._meter.warmed_up(answer.warmup_s - before)
+        return token
 
     def _first_logits(self, prefilled: Prefilled) -> Tensor:
         with self._engine.device_work():

@@ -1,11 +1,13 @@
-"""Gathers the kept keys or values of a store into a contiguous active set.
+"""Gathers the kept keys and values of many stores into contiguous active sets.
 
-    dst[h, i] = src[h, keep[i]]
+    targets[t][h, i] = sources[t][h, keep[t][i]]
 
-Sizes: H_kv key heads, k kept entries, D head dimension.
+Sizes: T tensors (keys and values of every layer), H_kv key heads, k kept entries, D head dimension.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,24 +15,32 @@ from torch import Tensor
 from .backend import runs_triton
 
 
-def compaction(src: Tensor, keep: Tensor, dst: Tensor) -> None:
-    """Writes src[:, keep] into dst[:, :k], in place.
+def compaction(sources: Sequence[Tensor], keep: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Writes sources[t][:, keep[t]] into targets[t][:, :k], in place, for all t in one call.
 
-    src (H_kv, N, D), keep (k,) int64 with 0 <= keep < N, dst (H_kv, >= k, D) of src's dtype. No rotation is changed.
-    Raises ValueError if shapes disagree.
+    sources (H_kv, N, D), keep (k,) int64 with 0 <= keep < N, targets (H_kv, >= k, D) of the sources' dtype; N and k may
+    differ from one to the next. No rotation is changed. Raises ValueError if shapes disagree.
     """
-    k = keep.shape[0]
-    if dst.shape[0] != src.shape[0] or dst.shape[2] != src.shape[2] or dst.shape[1] < k:
-        raise ValueError(f"expected dst ({src.shape[0]}, >= {k}, {src.shape[2]}), got {tuple(dst.shape)}")
-    if runs_triton(src):
+    if not len(sources) == len(keep) == len(targets):
+        raise ValueError(f"expected as many of each, got {len(sources)}, {len(keep)} and {len(targets)}")
+    for source, index, target in zip(sources, keep, targets, strict=True):
+        H_kv, _, D = source.shape
+        k = index.shape[0]
+        if target.shape[0] != H_kv or target.shape[2] != D or target.shape[1] < k:
+            raise ValueError(f"expected target ({H_kv}, >= {k}, {D}), got {tuple(target.shape)}")
+    if not sources:
+        return
+    if runs_triton(sources[0]):
         from .gpu.gather import gather
 
-        return gather([src], [keep], [dst])
-    for head in range(src.shape[0]):  # a head's rows of dst are contiguous, all heads' rows are not
-        torch.index_select(src[head], 0, keep, out=dst[head, :k])
+        return gather(sources, keep, targets)
+    for source, index, target in zip(sources, keep, targets, strict=True):
+        for head in range(source.shape[0]):  # a head's rows of a target are contiguous, all heads' rows are not
+            torch.index_select(source[head], 0, index, out=target[head, : index.shape[0]])
 
 
-def compaction_ref(src: Tensor, keep: Tensor, dst: Tensor) -> None:
+def compaction_ref(sources: Sequence[Tensor], keep: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """The definition, entry by entry."""
-    for i, n in enumerate(keep.tolist()):
-        dst[:, i] = src[:, n]
+    for source, index, target in zip(sources, keep, targets, strict=True):
+        for i, n in enumerate(index.tolist()):
+            target[:, i] = source[:, n]

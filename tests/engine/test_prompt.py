@@ -14,6 +14,7 @@ from oracles import IMAGE_TOKEN, Oracle, tokenizer_model
 from sparsevila import CorruptCheckpoint, Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity
 from sparsevila.engine.prompt import MAX_TEXT_BYTES, check_media_tokens, check_text, encode_pieces
 from sparsevila.engine.runner import TextSpan
+from sparsevila.engine.sampler import Sampler
 from sparsevila.engine.tokenizer import Tokenizer, load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import PromptPiece, Special
@@ -125,20 +126,20 @@ class Recorder:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[int] = []
         self.script: list[int] = []
-        prefill, decode = engine.runner.prefill, engine.runner.decode
+        prefill, step = engine.runner.prefill, engine.runner.step
 
         def recorded_prefill(cache: Any, spans: Any, **options: Any) -> Any:
             for span in spans:
                 self.ids += span.ids if isinstance(span, TextSpan) else [IMAGE_TOKEN]
             return prefill(cache, spans, **options)
 
-        def recorded_decode(cache: Any, token_id: int) -> torch.Tensor:
-            self.ids.append(token_id)
-            return decode(cache, token_id)
+        def recorded_step(buffers: Any, *args: Any) -> None:
+            self.ids.append(int(buffers.chosen))
+            step(buffers, *args)
 
         monkeypatch.setattr(engine.runner, "prefill", recorded_prefill)
-        monkeypatch.setattr(engine.runner, "decode", recorded_decode)
-        monkeypatch.setattr("sparsevila.engine.turn.Sampler", lambda _: lambda _: self.script.pop(0))
+        monkeypatch.setattr(engine.runner, "step", recorded_step)
+        monkeypatch.setattr(Sampler, "choose", lambda *_: torch.tensor([self.script.pop(0)]))
 
 
 def converse(session: Session, recorder: Recorder, turns: Turns) -> None:

@@ -633,18 +633,18 @@ class TestInterruption:
         plain, session = (engine.session(media=[item], sparsity=SPARSE) for _ in range(2))
         for s in (plain, session):
             s.ask(QUESTIONS[0], params=SHORT)
-        decode = engine.runner.decode
+        step = engine.runner.step
         for stop_at in range(4):
             calls = 0
 
-            def short(*args: Any, stop_at=stop_at) -> torch.Tensor:
+            def short(*args: Any, stop_at=stop_at) -> None:
                 nonlocal calls
                 calls += 1
                 if calls > stop_at:
                     torch.empty(1 << 60, dtype=torch.uint8)
-                return decode(*args)
+                step(*args)
 
-            monkeypatch.setattr(engine.runner, "decode", short)
+            monkeypatch.setattr(engine.runner, "step", short)
             chunks = []
             with pytest.raises(InsufficientMemory, match=r"this turn.*needs 1073741824\.00 GiB") as caught:
                 chunks.extend(session.stream(QUESTIONS[1], params=SamplingParams(max_new_tokens=6, temperature=2.0)))

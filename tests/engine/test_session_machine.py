@@ -556,11 +556,11 @@ class TestCancel:
     def test_of_an_asyncio_task(self, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch):
         engine = worlds["vicuna"].engine
         session, plain = engine.session(), engine.session()
-        decode = engine.runner.decode
+        step = engine.runner.step
 
-        def slow(*args: Any) -> torch.Tensor:
+        def slow(*args: Any) -> None:
             time.sleep(0.05)
-            return decode(*args)
+            step(*args)
 
         async def leave_early() -> int:
             count = 0
@@ -579,7 +579,7 @@ class TestCancel:
                 await task
             return count
 
-        monkeypatch.setattr(engine.runner, "decode", slow)
+        monkeypatch.setattr(engine.runner, "step", slow)
         assert asyncio.run(leave_early()) < 10
         monkeypatch.undo()
         assert session.history == ()

@@ -128,12 +128,17 @@ def test_top_k_is_sorted_and_ties_go_low(k):
 
 
 def test_compaction():
-    src, keep = rand(3, 19, 8), torch.tensor([0, 4, 5, 18])
-    got, want = torch.full((3, 7, 8), torch.nan), torch.full((3, 7, 8), torch.nan)
-    compaction(src, keep, got)
-    compaction_ref(src, keep, want)
-    assert torch.equal(got[:, :4], want[:, :4])
-    assert got[:, 4:].isnan().all()
+    sources = [rand(3, 19, 8), rand(3, 19, 8).flip(0), rand(3, 30, 8)]
+    keep = [torch.tensor([0, 4, 5, 18]), torch.tensor([7]), torch.arange(0, 30, 5)]
+    got, want = ([torch.full((3, n, 8), torch.nan) for n in (7, 1, 6)] for _ in range(2))
+    compaction(sources, keep, got)
+    compaction_ref(sources, keep, want)
+    for x, y, index in zip(got, want, keep, strict=True):
+        assert torch.equal(x[:, : len(index)], y[:, : len(index)])
+        assert x[:, len(index) :].isnan().all()
+    for bad in (got[:2], [*got[:2], torch.empty(3, 5, 8)]):
+        with pytest.raises(ValueError, match="expected"):
+            compaction(sources, keep, bad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
