@@ -7,7 +7,6 @@ LlavaNextForConditionalGeneration and LlavaNextVideoForConditionalGeneration.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import CorruptCheckpoint, UnsupportedModel
 from ..quant.linear import Linear
+from .anyres import Anyres, Pinpoints, Tile, grid_boxes, patch_sources, read_pinpoints
 from .blocks import ACTIVATIONS
 from .checkpoint import Checkpoint, ConfigReader
 from .clip import ClipConfig, ClipTower
@@ -51,7 +51,7 @@ class LlavaNextConfig:
     text_model_type: str
     feature_layer: int  # index into the tower's hidden states, negative from the end
     projector_act: str
-    pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
+    pinpoints: Pinpoints
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     rescale_factor: float
@@ -69,8 +69,8 @@ class LlavaNextConfig:
         if is_video:
             top.get_str("spatial_pool_mode", default="average", choices=("average",))
         pre = ConfigReader(checkpoint.read_json("preprocessor_config.json") or {}, file="preprocessor_config.json")
-        pinpoints = _pinpoints(top.get_list("image_grid_pinpoints", default=_PINPOINTS))
-        if pre.has("image_grid_pinpoints") and _pinpoints(pre.get_list("image_grid_pinpoints")) != pinpoints:
+        pinpoints = read_pinpoints(top.get_list("image_grid_pinpoints", default=_PINPOINTS))
+        if pre.has("image_grid_pinpoints") and read_pinpoints(pre.get_list("image_grid_pinpoints")) != pinpoints:
             raise CorruptCheckpoint("image_grid_pinpoints of config.json and preprocessor_config.json differ")
         if any(side % vision.image_size for point in pinpoints for side in point):
             raise UnsupportedModel(f"image_grid_pinpoints: expected multiples of {vision.image_size}, got {pinpoints}")
@@ -88,16 +88,6 @@ class LlavaNextConfig:
             pool_stride=top.get_int("spatial_pool_stride", default=2, low=1, high=vision.grid) if is_video else 2,
             media_tokens=_media_tokens(top, is_video),
         )
-
-
-def _pinpoints(value: list) -> tuple[tuple[int, int], ...]:
-    good = all(
-        isinstance(point, list) and len(point) == 2 and all(type(side) is int and 0 < side <= 16384 for side in point)
-        for point in value
-    )
-    if not value or not good or len(value) > 64:
-        raise CorruptCheckpoint(f"image_grid_pinpoints: expected [height, width] pairs, got {value!r:.200}")
-    return tuple((point[0], point[1]) for point in value)
 
 
 def _triple(reader: ConfigReader, key: str, default: list[float]) -> tuple[float, ...]:
@@ -137,64 +127,6 @@ def rename(name: str) -> str | None:
     if parts[-2:] in (["rotary_emb", "inv_freq"], ["embeddings", "position_ids"]):
         return None
     return ".".join(parts)
-
-
-@dataclass(frozen=True)
-class _Anyres:
-    """How one picture is laid out on the tile grid. Sizes in pixels where not said otherwise."""
-
-    height: int  # of the pinpoint
-    width: int
-    resized_height: int
-    resized_width: int
-    top: int  # first patch row and column after unpadding
-    left: int
-    rows: int  # patch rows and columns after unpadding
-    cols: int
-
-    @staticmethod
-    def plan(height: int, width: int, pinpoints: tuple[tuple[int, int], ...], patch: int) -> _Anyres:
-        H, W = _best_pinpoint(height, width, pinpoints)
-        scale_h, scale_w = H / height, W / width
-        if scale_w < scale_h:
-            resized_h, resized_w = min(math.ceil(height * scale_w), H), W
-        else:
-            resized_h, resized_w = H, min(math.ceil(width * scale_h), W)
-        grid_h, grid_w = H // patch, W // patch
-        top = left = 0
-        # Unpadding cuts the same number on both sides, from the original size (not from the resized one).
-        if width / height > grid_w / grid_h:
-            top = (grid_h - int(round(height * (grid_w / width), 7))) // 2
-        else:
-            left = (grid_w - int(round(width * (grid_h / height), 7))) // 2
-        return _Anyres(H, W, resized_h, resized_w, top, left, grid_h - 2 * top, grid_w - 2 * left)
-
-    @property
-    def pad_top(self) -> int:
-        return (self.height - self.resized_height) // 2
-
-    @property
-    def pad_left(self) -> int:
-        return (self.width - self.resized_width) // 2
-
-
-def _best_pinpoint(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (H, W) that shows the most source pixels; on a tie the one that wastes the least."""
-
-    def merit(point: tuple[int, int]) -> tuple[int, int]:
-        H, W = point
-        scale = min(W / width, H / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - H * W
-
-    return max(pinpoints, key=merit)
-
-
-def _grid_boxes(rows: int, cols: int) -> Tensor:
-    """(rows * cols, 4) boxes of a grid that covers the whole picture."""
-    y = torch.arange(rows, dtype=torch.float32).repeat_interleave(cols)
-    x = torch.arange(cols, dtype=torch.float32).repeat(rows)
-    return torch.stack([y / rows, x / cols, (y + 1) / rows, (x + 1) / cols], dim=1)
 
 
 class LlavaNext(nn.Module):
@@ -260,40 +192,11 @@ class LlavaNext(nn.Module):
         return torch.from_numpy(np.stack([table[c][pixels[:, c]] for c in range(3)], axis=1))
 
     def _preprocess_image(self, rgb: np.ndarray) -> VisualInputs:
-        size, patch = self.config.vision.image_size, self.config.vision.patch_size
-        plan = _Anyres.plan(rgb.shape[0], rgb.shape[1], self.config.pinpoints, patch)
-        picture = Image.fromarray(rgb)
-        resized = picture.resize((plan.resized_width, plan.resized_height), Image.Resampling.BICUBIC)
-        canvas = np.zeros((plan.height, plan.width, 3), dtype=np.uint8)
-        rows = slice(plan.pad_top, plan.pad_top + plan.resized_height)
-        cols = slice(plan.pad_left, plan.pad_left + plan.resized_width)
-        canvas[rows, cols] = np.asarray(resized)
-        tiles = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))]
-        tiles += [
-            canvas[y : y + size, x : x + size] for y in range(0, plan.height, size) for x in range(0, plan.width, size)
-        ]
-        layout = (plan.width // size, plan.top, plan.left, plan.rows, plan.cols)
-        return VisualInputs("image", self.normalise(tiles), layout, self._image_map(plan))
-
-    def _image_map(self, plan: _Anyres) -> TokenMap:
-        """Base picture first, then the unpadded rows, each closed by its newline."""
-        grid, patch = self.config.vision.grid, self.config.vision.patch_size
-        row = torch.arange(plan.rows).repeat_interleave(plan.cols + 1)
-        col = torch.arange(plan.cols + 1).repeat(plan.rows)
-        newline = col == plan.cols
-        y = ((plan.top + row) * patch - plan.pad_top) / plan.resized_height
-        x = ((plan.left + col) * patch - plan.pad_left) / plan.resized_width
-        x = torch.where(newline, torch.ones_like(x), x)
-        boxes = torch.stack([y, x, y + patch / plan.resized_height, x + patch / plan.resized_width], dim=1).clamp(0, 1)
-        base, total = grid * grid, grid * grid + len(row)
-        zeros = torch.zeros(total, dtype=torch.int32)
-        return TokenMap(
-            media=zeros,
-            frame=zeros,
-            box=torch.cat([_grid_boxes(grid, grid), boxes]),
-            structural=torch.cat([torch.zeros(base, dtype=torch.bool), newline]),
-            line=torch.cat([torch.full((base,), -1), row]).to(torch.int32),
-        )
+        vision = self.config.vision
+        tile = Tile(vision.image_size, vision.patch_size)
+        plan = Anyres.plan(rgb.shape[0], rgb.shape[1], self.config.pinpoints, tile)
+        layout = (plan.tile_cols, plan.top, plan.left, plan.rows, plan.cols)
+        return VisualInputs("image", self.normalise(plan.tiles(rgb)), layout, plan.token_map(plan.rows, plan.cols))
 
     def _preprocess_video(self, frames: Frames) -> VisualInputs:
         """Shortest side to the tower's size, centre crop: what CLIP's processor does to each frame."""
@@ -310,7 +213,7 @@ class LlavaNext(nn.Module):
         side = self.config.vision.grid // self.config.pool_stride
         # A pooled cell covers stride x stride patches; an odd last row or column of patches is not used.
         cell = self.config.pool_stride * self.config.vision.patch_size
-        boxes = _grid_boxes(side, side) * (side * cell)  # in pixels of the crop
+        boxes = grid_boxes(side, side) * (side * cell)  # in pixels of the crop
         offset, extent = torch.tensor([top, left, top, left]), torch.tensor([new_h, new_w, new_h, new_w])
         per_frame = side * side
         return VisualInputs(
@@ -367,13 +270,7 @@ class LlavaNext(nn.Module):
 
     def token_sources(self, layout: tuple[int, ...]) -> Tensor:
         """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline."""
-        grid = self.config.vision.grid
-        tile_cols, top, left, rows, cols = layout
-        y = torch.arange(top, top + rows)[:, None]
-        x = torch.arange(left, left + cols)[None, :]
-        tile = 1 + (y // grid) * tile_cols + x // grid
-        source = tile * grid * grid + (y % grid) * grid + x % grid  # (rows, cols)
-        return torch.cat([torch.arange(grid * grid), F.pad(source, (0, 1), value=-1).flatten()])
+        return patch_sources(*layout, self.config.vision.grid)
 
     def embed_visual(self, tokens: VisualTokens) -> Tensor:
         """Projector: features (N, D) -> (N, hidden_size); structural tokens become the newline."""
