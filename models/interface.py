@@ -71,6 +71,18 @@ class TokenGrid:
         """The places of the tokens `keep` (k,) int64, in that order."""
         return TokenGrid(self.index[keep], self.shape[keep], self.seconds[keep])
 
+    @staticmethod
+    def concat(grids: Sequence[TokenGrid | None]) -> TokenGrid | None:
+        """One grid after the other; None unless all are there."""
+        found = [grid for grid in grids if grid is not None]
+        if len(found) < len(grids):
+            return None
+        return TokenGrid(
+            index=torch.cat([grid.index for grid in found]),
+            shape=torch.cat([grid.shape for grid in found]),
+            seconds=torch.cat([grid.seconds for grid in found]),
+        )
+
 
 @dataclass(frozen=True)
 class TokenMap:
@@ -94,10 +106,9 @@ class TokenMap:
     def select(self, keep: Tensor) -> TokenMap:
         """The map of the tokens `keep` (k,) int64, in that order."""
         grid = None if self.grid is None else self.grid.select(keep)
-        return TokenMap(*(column[keep] for column in self._columns()), grid=grid)
-
-    def _columns(self) -> tuple[Tensor, ...]:
-        return self.media, self.frame, self.box, self.structural, self.line
+        return TokenMap(
+            self.media[keep], self.frame[keep], self.box[keep], self.structural[keep], self.line[keep], grid
+        )
 
     def with_media(self, media: int) -> TokenMap:
         """The same map under the media number `media`."""
@@ -109,12 +120,14 @@ class TokenMap:
         if not maps:
             none = torch.empty(0, dtype=torch.int32)
             return TokenMap(none, none, torch.empty(0, 4), torch.empty(0, dtype=torch.bool), none)
-        columns = (torch.cat(parts) for parts in zip(*(m._columns() for m in maps), strict=True))
-        grids = [m.grid for m in maps if m.grid is not None]
-        if len(grids) < len(maps):
-            return TokenMap(*columns)
-        names = ("index", "shape", "seconds")
-        return TokenMap(*columns, grid=TokenGrid(*(torch.cat([getattr(g, name) for g in grids]) for name in names)))
+        return TokenMap(
+            media=torch.cat([m.media for m in maps]),
+            frame=torch.cat([m.frame for m in maps]),
+            box=torch.cat([m.box for m in maps]),
+            structural=torch.cat([m.structural for m in maps]),
+            line=torch.cat([m.line for m in maps]),
+            grid=TokenGrid.concat([m.grid for m in maps]),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ it and not text of the prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,6 +37,7 @@ from .interface import (
     no_progress,
 )
 from .qwen_vit import QwenVit, QwenVitConfig
+from .vision_tower import TowerBatch, VisionTower
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -254,6 +255,10 @@ class Qwen2VL(nn.Module):
         return self.language_model
 
     @property
+    def tower(self) -> VisionTower:
+        return _Layers(self)
+
+    @property
     def media_tokens(self) -> dict[str, int]:
         return self.config.media_tokens
 
@@ -338,20 +343,15 @@ class Qwen2VL(nn.Module):
     def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
         """The vision tower, in chunks of frames; no mask over patches is ever made. Features are merged tokens."""
         layout = self.visual.layout(*inputs.layout[1:])
-        weight = self.language_model.norm.weight
-        features, saliency = (
-            [torch.zeros(1, self.config.text.hidden_size, device=weight.device, dtype=weight.dtype)],
-            [],
-        )
+        weight = self.visual.weight
+        marker, unseen = weight.new_zeros(1, self.config.text.hidden_size), torch.zeros(1, device=weight.device)
+        features, saliency = [marker], [unseen]
         for pixels in self._chunks(inputs, progress):
             patches = self.patches(pixels.to(weight.device)).to(weight.dtype)
             x, scores = self.visual(patches, layout)  # (F, tokens, D), (F, tokens)
             features.append(x.flatten(0, 1))
             saliency.append(scores.flatten())
-        nothing = torch.zeros(1, device=weight.device)
-        return VisualTokens(
-            torch.cat([*features, features[0]]), inputs.token_map, torch.cat([nothing, *saliency, nothing])
-        )
+        return VisualTokens(torch.cat([*features, marker]), inputs.token_map, torch.cat([*saliency, unseen]))
 
     def _chunks(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[Tensor]:
         """Some frames after the other, whole temporal patches of them."""
@@ -420,6 +420,34 @@ class Qwen2VL(nn.Module):
         if self.config.tokens_per_second is None or num_times == 1:
             return steps
         return (steps * seconds * self.config.tokens_per_second).long()
+
+
+@dataclass(frozen=True, eq=False)
+class _Layers:
+    """The vision tower, layer by layer."""
+
+    model: Qwen2VL
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.visual.blocks
+
+    def batches(self, media: Sequence[VisualInputs], limit: int) -> list[TowerBatch]:
+        """At most `limit` temporal patches of all media together, the same number of each; one batch an item."""
+        media = media[:limit]
+        num_frames = limit // len(media) * self.model.config.vision.temporal_patch_size
+        return [self._batch(item.pixels[:num_frames], item.layout) for item in media]
+
+    def _batch(self, pixels: Tensor, layout: tuple[int, ...]) -> TowerBatch:
+        tower = self.model.visual
+        held = tower.layout(*layout[1:])
+
+        def run(layer: nn.Module, _: int, x: Tensor) -> Tensor:
+            out: Tensor = layer(x, held, score=False)[0]
+            return out
+
+        patches = self.model.patches(pixels.to(tower.weight.device)).to(tower.weight.dtype)
+        return TowerBatch(tower.embed(patches, held), run)
 
 
 def _resized(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:

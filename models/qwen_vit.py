@@ -347,9 +347,16 @@ class QwenVit(nn.Module):
         assert isinstance(layer, QwenVitLayer)
         return layer
 
+    @property
+    def weight(self) -> Tensor:
+        """One that is never quantised: device and dtype of the tower."""
+        projection = self.patch_embed["proj"]
+        assert isinstance(projection, _PatchProjection)
+        return projection.weight
+
     def layout(self, rows: int, cols: int) -> FrameLayout:
         """How frames of rows x cols patches are held."""
-        return FrameLayout.of(self.config, rows, cols, self.merger.mlp["0"].bias.device)
+        return FrameLayout.of(self.config, rows, cols, self.weight.device)
 
     def embed(self, patches: Tensor, layout: FrameLayout) -> Tensor:
         """patches (F, S, channels * frames * height * width), tokens in reading order -> what enters the first layer.

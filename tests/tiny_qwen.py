@@ -65,7 +65,7 @@ def config(generation: Generation, *, tied: bool = False) -> dict[str, Any]:
             "window_size": 56, "fullatt_block_indexes": [1, 3], "tokens_per_second": TOKENS_PER_SECOND,
         }  # fmt: skip
     return {
-        "architectures": [name], "model_type": kind, "hidden_size": hidden, "intermediate_size": 136,
+        "architectures": [name], "model_type": kind, "hidden_size": hidden, "intermediate_size": 160,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCAB,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "tie_word_embeddings": tied,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_qwen import IMAGE_LIMITS, SPECIAL_IDS, QwenOracle, build
+from tiny_qwen import SPECIAL_IDS, QwenOracle, build
 from torch import Tensor
 
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
@@ -98,7 +98,7 @@ def chosen(logits: Tensor) -> Tensor:
 
 
 def greedy(model: Any, spans: Sequence[Span], steps: int) -> tuple[list[int], Tensor]:
-    """Tokens and logits (steps, V) of a greedy answer, after a prefill in chunks; each token is a prefill of its own."""
+    """Tokens and logits (steps, V) of a greedy answer; its prefill is in chunks, each token then one of its own."""
     runner = Runner(model, chunk_tokens=50)
     cache = runner.new_cache()
     total = sum(len(s) for s in spans)
