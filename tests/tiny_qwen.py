@@ -89,8 +89,8 @@ def _weight(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 @functools.cache
-def tokenizer_json() -> str:
-    """A byte-level BPE, the same for every tiny model."""
+def tokenizer_json(specials: tuple[str, ...] = SPECIALS) -> str:
+    """A byte-level BPE, the same for every tiny model; its special tokens stand behind the pieces."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -104,7 +104,7 @@ def tokenizer_json() -> str:
     )
     tokenizer.train_from_iterator([_CORPUS], trainer)
     assert tokenizer.get_vocab_size() == NUM_PIECES
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
     return tokenizer.to_str()
 
 
