@@ -1,6 +1,6 @@
 """LLaVA-NeXT and LLaVA-NeXT-Video: a CLIP tower, a projector for each token, a Llama or Mistral decoder.
 
-From top to bottom: config, tensor names, preprocessing, the model, positions, prompts.
+From top to bottom: config, tensor names, preprocessing, the model, prompts.
 Sources: llava-vl.github.io/blog/2024-01-30-llava-next and 2024-04-30-llava-next-video; layout of transformers'
 LlavaNextForConditionalGeneration and LlavaNextVideoForConditionalGeneration.
 """
@@ -34,6 +34,7 @@ from .interface import (
     VisualTokens,
     no_progress,
 )
+from .positions import ContiguousPositions
 from .vision_tower import VisionTower
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -82,19 +83,20 @@ class LlavaNextConfig:
             feature_layer=top.get_int("vision_feature_layer", default=-2, low=-256, high=256),
             projector_act=top.get_str("projector_hidden_act", default="gelu", choices=tuple(ACTIVATIONS)),
             pinpoints=pinpoints,
-            image_mean=_triple(pre, "image_mean", _CLIP_MEAN),
-            image_std=_triple(pre, "image_std", _CLIP_STD),
+            image_mean=three_numbers(pre, "image_mean", _CLIP_MEAN),
+            image_std=three_numbers(pre, "image_std", _CLIP_STD),
             rescale_factor=pre.get_float("rescale_factor", default=1 / 255, low=0.0),
             pool_stride=top.get_int("spatial_pool_stride", default=2, low=1, high=vision.grid) if is_video else 2,
             media_tokens=_media_tokens(top, is_video),
         )
 
 
-def _triple(reader: ConfigReader, key: str, default: list[float]) -> tuple[float, ...]:
+def three_numbers(reader: ConfigReader, key: str, default: list[float]) -> tuple[float, float, float]:
+    """One number a colour. Raises CorruptCheckpoint."""
     value = reader.get_list(key, default=default)
     if len(value) != 3 or not all(isinstance(x, (int, float)) for x in value):
         raise CorruptCheckpoint(f"preprocessor_config.json: {key}: expected three numbers, got {value!r:.100}")
-    return tuple(float(x) for x in value)
+    return float(value[0]), float(value[1]), float(value[2])
 
 
 def _media_tokens(top: ConfigReader, is_video: bool) -> dict[str, int]:
@@ -129,7 +131,7 @@ def rename(name: str) -> str | None:
     return ".".join(parts)
 
 
-class LlavaNext(nn.Module):
+class LlavaNext(ContiguousPositions, nn.Module):
     """The model as the engine sees it. Stateless: caches and positions are arguments."""
 
     def __init__(self, config: LlavaNextConfig) -> None:
@@ -279,16 +281,6 @@ class LlavaNext(nn.Module):
         embedded = projector["linear_2"](act(projector["linear_1"](tokens.features)))
         structural = tokens.token_map.structural.to(embedded.device)
         return torch.where(structural[:, None], self.image_newline, embedded)
-
-    # Positions: one dimension, contiguous, as if the pruned tokens had never been
-
-    def text_positions(self, num_tokens: int, start: int) -> tuple[Tensor, int]:
-        """Positions (num_tokens,) int64 from `start`, and the next free one."""
-        return torch.arange(start, start + num_tokens), start + num_tokens
-
-    def visual_positions(self, token_map: TokenMap, start: int) -> tuple[Tensor, int]:
-        """Positions of the surviving visual tokens, and the next free one."""
-        return self.text_positions(len(token_map), start)
 
 
 @dataclass(frozen=True)

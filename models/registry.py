@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "LlavaNextVideoForConditionalGeneration": "llava_next:LlavaNext",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_vl:Qwen2VL",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevision",
     "LlavaLlamaModel": "nvila:Nvila",
 }
 
