@@ -35,7 +35,7 @@ def build(folder: Path, *, tied: bool = False, seed: int = 0) -> OnevisionOracle
 
     torch.manual_seed(seed)
     text = hf.Qwen2Config(
-        hidden_size=48, intermediate_size=104, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=NUM_PIECES + 14, max_position_embeddings=4096, use_sliding_window=False, tie_word_embeddings=tied,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
     )  # fmt: skip
