@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import CorruptCheckpoint, ImageTooNarrow, UnsupportedModel
+from ..errors import CorruptCheckpoint, ImageTooNarrow, InvalidRequest
 from .checkpoint import Checkpoint, ConfigReader
 from .decoder import Decoder, DecoderConfig
 from .interface import (
@@ -238,7 +238,7 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Qwen2VLConfig, *, positions: PositionPolicy = "regrid") -> None:
         super().__init__()
         if positions not in POSITION_POLICIES:
-            raise UnsupportedModel(f"positions: expected one of {', '.join(POSITION_POLICIES)}, got {positions!r:.40}")
+            raise InvalidRequest(f"positions: expected one of {', '.join(POSITION_POLICIES)}, got {positions!r:.40}")
         self.config = config
         self.positions = positions
         self.visual = QwenVit(config.vision)
