@@ -61,7 +61,7 @@ class _Store:
         for name in ("k", "v"):
             old = getattr(self, name)
             new = torch.empty(old.shape[0], capacity, old.shape[2], dtype=old.dtype, device=old.device)
-            new[:, : self.length] = old[:, : self.length]
+            new[:, : self.length].copy_(old[:, : self.length])
             setattr(self, name, new)
         return True
 
