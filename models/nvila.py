@@ -1,7 +1,7 @@
 """NVILA and LongVILA: a SigLIP (or RADIO) tower, a projector that joins patches, a Qwen2 decoder.
 
 A checkpoint is a folder of sub-models: `llm/`, `vision_tower/`, `mm_projector/`.
-From top to bottom: config, tensor names, preprocessing, the model, positions, prompt.
+From top to bottom: config, tensor names, preprocessing, the model, prompt.
 Sources: Liu et al., arXiv 2412.04468 (NVILA); Chen et al., arXiv 2408.10188 (LongVILA); NVlabs/VILA for the layout, the
 tiles and the order of tokens.
 """
@@ -35,6 +35,7 @@ from .interface import (
     VisualTokens,
     no_progress,
 )
+from .positions import ContiguousPositions
 from .radio import RadioConfig, RadioTower, rename_radio
 from .siglip import PixelScale, SiglipTower, rename_siglip, siglip_config
 
@@ -258,7 +259,7 @@ class _Tiles:
         return [scaled[y : y + size, x : x + size] for y, x in places]
 
 
-class Nvila(nn.Module):
+class Nvila(ContiguousPositions, nn.Module):
     """The model as the engine sees it. Stateless: caches and positions are arguments."""
 
     def __init__(self, config: NvilaConfig) -> None:
@@ -489,16 +490,6 @@ class Nvila(nn.Module):
             x = self.mm_projector(x)
         newline = self.language_model.embed(torch.tensor([self.config.newline_id], device=x.device))
         return torch.where(tokens.token_map.structural.to(x.device)[:, None], newline, x)
-
-    # Positions: one dimension, contiguous, as if the pruned tokens had never been
-
-    def text_positions(self, num_tokens: int, start: int) -> tuple[Tensor, int]:
-        """Positions (num_tokens,) int64 from `start`, and the next free one."""
-        return torch.arange(start, start + num_tokens), start + num_tokens
-
-    def visual_positions(self, token_map: TokenMap, start: int) -> tuple[Tensor, int]:
-        """Positions of the surviving visual tokens, and the next free one."""
-        return self.text_positions(len(token_map), start)
 
 
 def _patch_size(vision: ClipConfig | RadioConfig) -> int:
