@@ -12,14 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_qwen import SPECIAL_IDS, QwenOracle, build
+from tiny_qwen import config as tiny_config
 from torch import Tensor
 
-from sparsevila import InvalidRequest
+from sparsevila import CorruptCheckpoint, InvalidRequest, SparseVILAError
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
+from sparsevila.errors import ImageTooNarrow
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, TokenMap, VisualInputs
-from sparsevila.models.qwen2_vl import Qwen2VL
+from sparsevila.models.qwen2_vl import PixelLimits, Qwen2VL, Qwen2VLConfig, smart_resize, video_limits
 from sparsevila.models.registry import load_model
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "qwen"
@@ -328,3 +330,215 @@ class TestSurvivors:
         config = load(qwens["qwen2.5"]).config
         with torch.device("meta"), pytest.raises(InvalidRequest, match="positions: expected one of regrid, original"):
             Qwen2VL(config, positions="moved")  # type: ignore[arg-type]
+
+
+# Preprocessing
+
+# (H, W) -> resized (H, W) and tokens with the hub's limits, then with the class's.
+REAL_SIZES = {
+    (10, 10): (56, 56, 4, 4), (28, 28): (56, 56, 4, 4), (42, 70): (56, 56, 4, 4), (37, 53): (56, 84, 6, 6),
+    (100, 1000): (112, 1008, 144, 144), (480, 640): (476, 644, 391, 391), (720, 1280): (728, 1288, 1196, 1196),
+    (1080, 1920): (1092, 1932, 2691, 1222), (4000, 3000): (4004, 2996, 15301, 1230), (28, 5600): (28, 5600, 200, 200),
+}  # fmt: skip
+HUB_LIMITS, CLASS_LIMITS = PixelLimits(3136, 12845056), PixelLimits(3136, 1003520)
+# Of a pair of frames, with the reference's limits for clips.
+REAL_CLIPS = {(240, 320): 140, (360, 640): 299, (480, 640): 391, (720, 1280): 720, (1080, 1920): 720}
+
+
+class Folder:
+    """A checkpoint of config and JSON files alone."""
+
+    def __init__(self, config: dict[str, Any], **files: dict[str, Any]) -> None:
+        self.config = config
+        self.files = files
+
+    def read_json(self, name: str, **_: Any) -> dict[str, Any] | None:
+        return self.files.get(name.removesuffix(".json"))
+
+
+def model_of(folder: Folder) -> Qwen2VL:
+    with torch.device("meta"):
+        return Qwen2VL(Qwen2VLConfig.from_hf(folder))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def real_size() -> Qwen2VL:
+    """A Qwen2.5-VL of the real picture sizes, on meta: only its preprocessing is used."""
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_size": 3584,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 1,
+        "vision_config": {"depth": 8, "hidden_size": 1280},
+    }  # fmt: skip
+    return model_of(Folder(config, preprocessor_config={"min_pixels": 3136, "max_pixels": 12845056}))
+
+
+def hf_patches(picture: np.ndarray, limits: PixelLimits) -> tuple[Tensor, list[int]]:
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(min_pixels=limits.least, max_pixels=limits.most)
+    made = processor([Image.fromarray(picture)], return_tensors="pt")
+    return made["pixel_values"], made["image_grid_thw"][0].tolist()
+
+
+class TestPreprocessing:
+    @pytest.mark.parametrize("size", REAL_SIZES, ids=str)
+    def test_sizes_and_counts(self, size):
+        *resized, tokens, class_tokens = REAL_SIZES[size]
+        assert list(smart_resize(*size, 28, HUB_LIMITS)) == resized
+        assert resized[0] * resized[1] // 784 == tokens
+        assert np.prod(smart_resize(*size, 28, CLASS_LIMITS)) // 784 == class_tokens
+
+    @pytest.mark.parametrize("size", [s for s in REAL_SIZES if s != (4000, 3000)], ids=str)
+    def test_pixels_equal_transformers(self, real_size, size):
+        picture = frames(*size)
+        inputs = real_size.preprocess(picture)
+        want, grid = hf_patches(picture.rgb[0], HUB_LIMITS)
+        assert grid_of(inputs) == grid
+        assert torch.equal(real_size.patches(inputs.pixels)[0], want)
+        assert inputs.token_map.num_visual == REAL_SIZES[size][2]
+
+    @pytest.mark.parametrize("num_frames", [1, 2, 5])
+    def test_frames_stand_in_pairs(self, real_size, num_frames):
+        """Each half of a patch is the picture of its frame, by the limits for clips; the last frame fills a pair."""
+        clip = frames(num_frames, 90, 120, kind="video")
+        inputs = real_size.preprocess(clip)
+        want = torch.stack(
+            [hf_patches(rgb, PixelLimits(100352, 602112))[0].unflatten(1, (3, 2, -1)) for rgb in clip.rgb]
+        )
+        got = real_size.patches(inputs.pixels).unflatten(2, (3, 2, -1))
+        assert len(got) == -(-num_frames // 2)
+        for i in range(2 * len(got)):
+            assert torch.equal(got[i // 2, :, :, i % 2], want[min(i, num_frames - 1), :, :, 0])
+
+    @pytest.mark.parametrize("size", REAL_CLIPS, ids=str)
+    def test_tokens_of_a_pair_of_frames(self, real_size, size):
+        tokens = np.prod(smart_resize(*size, 28, real_size.config.video_limits)) // 784
+        assert tokens == REAL_CLIPS[size]
+        assert real_size.tokens_per_frame() == 384 >= tokens / 2
+
+    def test_a_long_clip_shares_its_budget(self):
+        """By the reference: 90 % of 128,000 tokens for all frames, at least 1.05 times the least area for each."""
+        limits = PixelLimits(100352, 602112)
+        assert video_limits(limits, 32, 28) == video_limits(limits, 300, 28) == limits
+        assert video_limits(limits, 768, 28) == PixelLimits(100352, 235200)
+        assert video_limits(limits, 5000, 28) == PixelLimits(100352, 105369)
+
+    def test_too_narrow(self, real_size):
+        with pytest.raises(ImageTooNarrow, match="200 to 1, got 5628 x 28"):
+            real_size.preprocess(frames(28, 5628))
+
+    def test_token_map_points_at_the_source(self, real_size):
+        """A white square on black: the tokens whose patches are bright are those whose boxes meet the square."""
+        rgb = np.zeros((1, 300, 500, 3), dtype=np.uint8)
+        rgb[0, 60:120, 350:420] = 255
+        inputs = real_size.preprocess(Frames("image", rgb, np.zeros(1), "<test>", 0.0, "square"))
+        token_map = inside(inputs.token_map)
+        patches = real_size.patches(inputs.pixels)[0].unflatten(0, (-1, 4))
+        bright = patches.amax(dim=(1, 2)) > 1.5
+        y0, x0, y1, x1 = token_map.box.unbind(-1)
+        meets = (y0 < 120 / 300) & (y1 > 60 / 300) & (x0 < 420 / 500) & (x1 > 350 / 500)
+        assert bright.sum() > 4
+        assert (bright & ~meets).sum() == 0
+        assert (meets & ~bright).sum() <= meets.sum() * 0.5  # tokens that only touch the edge stay dark
+
+    def test_map_of_a_clip(self, real_size):
+        clip = frames(5, 90, 120, kind="video", fps=4.0)
+        token_map = real_size.preprocess(clip).token_map
+        assert token_map.structural.tolist() == [True] + [False] * (len(token_map) - 2) + [True]
+        per_pair = token_map.num_visual // 3
+        assert inside(token_map).frame.tolist() == [0] * per_pair + [2] * per_pair + [4] * per_pair
+        assert token_map.grid is not None
+        assert token_map.grid.seconds.tolist() == [0.5] * len(token_map)
+        index = inside(token_map).grid.index
+        assert torch.equal(index, torch.cartesian_prod(*(torch.arange(n, dtype=torch.int32) for n in (3, 10, 14))))
+        both = TokenMap.concat([token_map, token_map])
+        assert torch.equal(both.grid.index, token_map.grid.index.repeat(2, 1))
+        assert TokenMap.concat([]).grid is None
+
+
+# Config
+
+TINY_25 = tiny_config("qwen2.5")
+
+
+class TestConfig:
+    def test_class_defaults_fill_the_hub_awq_config(self):
+        """A vision config that says no more than widths."""
+        model = model_of(Folder({
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_size": 2048,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "num_hidden_layers": 1, "tie_word_embeddings": True,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vision_config": {
+                "hidden_size": 1280, "in_chans": 3, "intermediate_size": 3456, "model_type": "qwen2_5_vl",
+                "out_hidden_size": 2048, "spatial_patch_size": 14, "tokens_per_second": 2,
+            },
+        }))  # fmt: skip
+        vision = model.config.vision
+        assert (vision.num_layers, vision.num_heads, vision.window_side, vision.head_dim) == (32, 16, 4, 80)
+        assert vision.full_layers == {7, 15, 23, 31}
+        assert model.config.tokens_per_second == 2
+        assert model.config.text.tie_word_embeddings
+        assert model.config.text.rms_norm_eps == 1e-5
+        assert (model.config.image_limits, model.config.video_limits.most) == (CLASS_LIMITS, 602112)
+
+    def test_an_empty_config_is_that_of_the_classes(self):
+        """All but the number of layers, for the sake of memory."""
+        for kind, width in (("qwen2_vl", 1280), ("qwen2_5_vl", 3584)):
+            with pytest.raises(CorruptCheckpoint, match="gives 3584 channels, the text model takes 8192"):
+                model_of(Folder({"model_type": kind}))
+            sizes = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+            config = Qwen2VLConfig.from_hf(Folder({"model_type": kind} | sizes))  # type: ignore[arg-type]
+            assert config.text.num_layers == 80
+            assert config.text.rope.theta == 1e6
+            assert config.text.max_context == 32768
+            assert config.vision.hidden_size == width
+            assert config.tokens_per_second == (None if kind == "qwen2_vl" else 4)
+            assert config.text.rope.sections == (16, 24, 24)
+
+    def test_hidden_size_of_the_first_generation_is_the_width_that_comes_out(self):
+        vision = model_of(Folder(tiny_config("qwen2"))).config.vision
+        assert (vision.hidden_size, vision.out_hidden_size, vision.intermediate_size) == (48, 64, 96)
+        assert vision.window_size is None
+
+    @pytest.mark.parametrize("place", ["preprocessor files", "one file of transformers 5"])
+    def test_limits_of_pictures_and_of_clips(self, place):
+        image = {"min_pixels": 4 * 784, "max_pixels": 64 * 784, "size": {"shortest_edge": 1, "longest_edge": 2}}
+        video = {"size": {"shortest_edge": 5 * 784, "longest_edge": 20 * 784}, "min_pixels": None}
+        files = {"preprocessor_config": image, "video_preprocessor_config": video}
+        if place != "preprocessor files":
+            files = {"processor_config": {"image_processor": image, "video_processor": video}}
+        config = model_of(Folder(TINY_25, **files)).config
+        assert config.image_limits == PixelLimits(4 * 784, 64 * 784)
+        assert config.video_limits == PixelLimits(5 * 784, 20 * 784)
+
+    @pytest.mark.parametrize(
+        ("changes", "files", "message"),
+        [
+            ({}, {"preprocessor_config": {"patch_size": 16}}, "preprocessor_config.json: patch_size: expected 14"),
+            ({}, {"preprocessor_config": {"min_pixels": 9, "max_pixels": 8}}, "min_pixels: expected at most"),
+            ({}, {"preprocessor_config": {"image_mean": [1, 2]}}, "image_mean: expected three numbers"),
+            ({"vision_start_token_id": -1}, {}, "vision_start_token_id: expected a whole number"),
+            ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, {}, "of the sum 8, half of head_dim"),
+            ({"rope_scaling": {"type": "longrope", "mrope_section": [2, 3, 3]}}, {}, "rope type 'longrope'"),
+            ({"vision_config": {**TINY_25["vision_config"], "fullatt_block_indexes": [9]}}, {}, "one of the 4 layers"),
+            ({"vision_config": {**TINY_25["vision_config"], "hidden_size": 50}}, {}, "a multiple of 4, got 50"),
+            ({"vision_config": {**TINY_25["vision_config"], "window_size": 20}}, {}, "at least one token, got 20"),
+        ],
+    )  # fmt: skip
+    def test_what_is_refused(self, changes, files, message):
+        with pytest.raises(SparseVILAError, match=message):
+            model_of(Folder(TINY_25 | changes, **files))
+
+    @pytest.mark.parametrize(
+        "scaling",
+        [
+            {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}},
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+            {"rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 2.0, "mrope_section": [2, 3, 3]}},
+        ],
+    )
+    def test_multimodal_rope_is_known_by_its_sections(self, scaling):
+        rope = model_of(Folder(TINY_25 | scaling)).config.text.rope
+        assert rope.sections == (2, 3, 3)
+        assert rope.theta == 1e6
+        assert rope.type == ("yarn" if "yarn" in str(scaling) else "default")
