@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from families import TinyFolders
 from oracles import TINY, Oracle, build_oracle
 
 # The models of the tests are tiny: beside another busy process a second thread costs milliseconds per operation.
@@ -18,6 +19,12 @@ torch.set_num_threads(1)
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
     """Every tiny checkpoint, made once."""
     return {name: build_oracle(tmp_path_factory.mktemp(name), tiny) for name, tiny in TINY.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(oracles: dict[str, Oracle], tmp_path_factory: pytest.TempPathFactory) -> TinyFolders:
+    """A checkpoint folder of every family."""
+    return TinyFolders(tmp_path_factory.mktemp, {name: oracle.folder for name, oracle in oracles.items()})
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import VISUAL_SEED, Oracle, write_clip
+from families import FAMILIES, TinyFolders
+from oracles import TINY, VISUAL_SEED, write_clip
 
 from sparsevila import (
     Closed,
@@ -49,20 +50,40 @@ def clip(tmp_path_factory) -> Video:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=12)
 
 
+class Engines(dict[str, Engine]):
+    """An engine of each family, loaded when it is first asked for."""
+
+    def __init__(self, folders: TinyFolders) -> None:
+        super().__init__()
+        self.folders = folders
+
+    def __missing__(self, name: str) -> Engine:
+        self[name] = Engine.load(self.folders[name], device="cpu", dtype="float32")
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def engines(oracles: dict[str, Oracle]):
-    loaded = {name: Engine.load(oracle.folder, device="cpu", dtype="float32") for name, oracle in oracles.items()}
+def engines(tiny_folders: TinyFolders):
+    loaded = Engines(tiny_folders)
     yield loaded
     for engine in loaded.values():
         engine.close()
 
 
-@pytest.fixture(params=["image", "video", "image-mistral", "video-mistral"])
-def media(request, engines, clip) -> tuple[Engine, Any]:
+def shown(name: str, engines: Engines, clip: Video) -> tuple[Engine, Any]:
     """An engine and an item for it."""
-    item = {"image": picture(), "video": replace(clip, frames=5)}[request.param.split("-")[0]]
-    name = {"image": "vicuna", "video": "video", "image-mistral": "mistral", "video-mistral": "mistral-video"}
-    return engines[name[request.param]], item
+    return engines[name], picture() if FAMILIES[name].shown == "image" else replace(clip, frames=5)
+
+
+@pytest.fixture(params=FAMILIES)
+def media(request, engines, clip) -> tuple[Engine, Any]:
+    return shown(request.param, engines, clip)
+
+
+@pytest.fixture(params=TINY)
+def llava(request, engines, clip) -> tuple[Engine, Any]:
+    """For what takes long and depends on no model."""
+    return shown(request.param, engines, clip)
 
 
 @pytest.fixture(params=[DENSE, SPARSE], ids=["dense", "sparse"])
@@ -594,8 +615,8 @@ class TestInterruption:
         session.ask(QUESTIONS[1], media=[extra], params=SHORT, progress=progress)
         return count
 
-    def test_cancel_or_failure_at_every_step_of_a_prefill(self, media, sparsity):
-        engine, item = media
+    def test_cancel_or_failure_at_every_step_of_a_prefill(self, llava, sparsity):
+        engine, item = llava
         plain, probe, session = (engine.session(media=[item], sparsity=sparsity) for _ in range(3))
         for s in (plain, probe, session):
             s.ask(QUESTIONS[0], params=SHORT)
@@ -865,10 +886,10 @@ class TestLimits:
             assert len(session.history) == 1
             session.ask("Hi", params=SHORT)
 
-    def test_two_hundred_turns_use_no_more_memory(self, media):
+    def test_two_hundred_turns_use_no_more_memory(self, llava):
         import resource
 
-        engine, item = media
+        engine, item = llava
         session = engine.session(media=[item], sparsity=SPARSE)
         params = SamplingParams(max_new_tokens=3)
 
