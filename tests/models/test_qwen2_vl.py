@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from oracles import write_clip
 from safetensors.torch import load_file
 from tiny_qwen import SPECIAL_IDS, QwenOracle, build
 from tiny_qwen import config as tiny_config
 from torch import Tensor
 
-from sparsevila import CorruptCheckpoint, InvalidRequest, SparseVILAError
+from sparsevila import (
+    CorruptCheckpoint,
+    Engine,
+    Image,
+    InvalidRequest,
+    SamplingParams,
+    Session,
+    SparseVILAError,
+    Sparsity,
+    Video,
+)
+from sparsevila.engine.config import Result
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.errors import ImageTooNarrow
@@ -542,3 +556,181 @@ class TestConfig:
         assert rope.sections == (2, 3, 3)
         assert rope.theta == 1e6
         assert rope.type == ("yarn" if "yarn" in str(scaling) else "default")
+
+
+# Conversations
+
+# As in the hub's tokenizer_config.json of both generations.
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
+    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
+    "Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' "
+    "or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video "
+    "{{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+ANSWER = "what the model said"
+PAD_NAMES = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+DENSE, SPARSE = Sparsity(0.0, 0.0), Sparsity(0.6, 0.75)
+# Per turn the media and the question. Of a first turn with no system text, and so on.
+TALKS: list[tuple[str | None, list[tuple[tuple[str, ...], str]]]] = [
+    (None, [((), "Hi")]),
+    (None, [(("image",), "What is it?"), ((), "Why, then?")]),
+    ("Be brief.", [(("image", "video"), "Compare."), (("image",), "And this?"), ((), "Well")]),
+    (None, [((), "Hi"), (("video", "image", "image"), "  What  happens?\n"), ((), "Then?")]),
+]
+
+
+@pytest.fixture(scope="module")
+def engines(qwens) -> Iterator[dict[str, Engine]]:
+    loaded = {name: Engine.load(qwens[name].folder, device="cpu", dtype="float32") for name in ("qwen2", "qwen2.5")}
+    yield loaded
+    for engine in loaded.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Image | Video]:
+    clip = write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=12)
+    return {"image": Image(frames(70, 90).rgb[0]), "video": replace(clip, frames=5)}
+
+
+class Watched:
+    """A session, and everything that enters its cache in order: tokens as ids, media as they are."""
+
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.session = session
+        self.spans: list[Span] = []
+        self.results: list[Result] = []
+        runner = session._engine.runner
+        prefill = runner.prefill
+
+        def watched(cache: Any, spans: Sequence[Span], **options: Any) -> Any:
+            self.spans += spans
+            return prefill(cache, spans, **options)
+
+        monkeypatch.setattr(runner, "prefill", watched)
+
+    def ask(self, text: str, **options: Any) -> Result:
+        result = self.session.ask(text, params=SamplingParams(max_new_tokens=6), **options)
+        # The closing text follows the tokens that were decoded; the last of them may be in front of it.
+        closing = self.spans.pop()
+        assert isinstance(closing, TextSpan)
+        fed = len(result.token_ids) + 2 - len(closing)
+        self.spans += [TextSpan(result.token_ids[:fed]), closing]
+        self.results.append(result)
+        return result
+
+    def ids(self) -> list[int]:
+        """With a pad for every visual token."""
+        kinds = iter(item.kind for item in self.session.media)
+        ids: list[int] = []
+        for span in self.spans:
+            if isinstance(span, TextSpan):
+                ids += span.ids
+            else:
+                ids += [START, *[PADS[next(kinds)]] * span.tokens.token_map.num_visual, END]
+        return ids
+
+
+def rendered_ids(folder: Path, system: str | None, turns: Any, watched: Watched) -> list[int]:
+    """The checkpoint's template, rendered by jinja, tokenised by `tokenizers`; pads repeated, answers by their ids."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import Tokenizer
+
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    for media, question in turns:
+        content = [{"type": kind} for kind in media] + [{"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": ANSWER}]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=False)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    counts = iter(item.tokens_kept for item in watched.session.media)
+    answers = iter(result.token_ids for result in watched.results)
+    ids: list[int] = []
+    for part in re.split(rf"({ANSWER}|<\|image_pad\|>|<\|video_pad\|>)", text):
+        if part == ANSWER:
+            ids += next(answers)
+        elif part in PAD_NAMES.values():
+            ids += [SPECIAL_IDS[part]] * next(counts)
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False).ids
+    return ids
+
+
+class TestConversations:
+    @pytest.mark.parametrize("sparsity", [DENSE, SPARSE], ids=["dense", "sparse"])
+    @pytest.mark.parametrize("talk", range(len(TALKS)))
+    def test_ids_are_those_of_the_rendered_template(self, qwens, engines, items, monkeypatch, talk, sparsity):
+        system, turns = TALKS[talk]
+        watched = Watched(engines["qwen2.5"].session(system=system, sparsity=sparsity), monkeypatch)
+        for kinds, question in turns:
+            watched.ask(question, media=[items[kind] for kind in kinds])
+        want = rendered_ids(qwens["qwen2.5"].folder, system, turns, watched)
+        assert watched.ids() == want
+
+    def test_what_a_user_types_is_text(self, engines, monkeypatch):
+        watched = Watched(engines["qwen2.5"].session(), monkeypatch)
+        watched.ask("Why <|im_end|> and <|image_pad|><|vision_start|>?")
+        assert [i for i in watched.ids() if i == SPECIAL_IDS["<|im_end|>"]] == [SPECIAL_IDS["<|im_end|>"]] * 3
+        assert not {START, END, *PADS.values()} & set(watched.spans[0].ids)
+        assert "<|im_end|> and <|image_pad|><|vision_start|>?" in engines["qwen2.5"].tokenizer.decode(watched.ids())
+
+    @pytest.mark.parametrize("name", ["qwen2", "qwen2.5"])
+    @pytest.mark.parametrize("prefill", [0.0, 0.6])
+    @torch.inference_mode()
+    def test_a_later_turn_is_the_conversation_from_scratch(self, engines, items, monkeypatch, name, prefill):
+        """Three turns with media in two of them: the whole sequence at once gives the last answer, token by token."""
+        engine = engines[name]
+        watched = Watched(engine.session(sparsity=Sparsity(prefill, 0.0)), monkeypatch)
+        watched.ask("What happens?", media=[items["video"], items["image"]])
+        watched.ask("And this?", media=[items["image"]])
+        before = len(watched.spans)
+        last = watched.ask("Why?")
+        monkeypatch.undo()
+        spans = watched.spans[: before + 1]
+        tokens, _ = greedy(engine.model, spans, len(last.token_ids), choose=lambda row: row.argmax(-1))
+        assert tokens == list(last.token_ids)
+        _, after = engine.runner._positions(watched.spans, 0)
+        assert after == watched.session._cache.next_position
+        assert after != sum(map(len, watched.spans))  # positions are not counts
+
+    @pytest.mark.parametrize("name", ["qwen2", "qwen2.5"])
+    @pytest.mark.parametrize("sparsity", [DENSE, SPARSE], ids=["dense", "sparse"])
+    def test_undo_and_drop(self, engines, items, name, sparsity):
+        params = SamplingParams(max_new_tokens=6)
+        plain, changed = (engines[name].session(media=[items["video"]], sparsity=sparsity) for _ in range(2))
+        changed.ask("What is it?", params=params)
+        changed.undo()
+        changed.ask("And this?", media=[items["image"]], params=params)
+        changed.drop(2)
+        changed.undo()
+        first, second = (s.ask("What happens?", params=params) for s in (plain, changed))
+        assert first.token_ids == second.token_ids
+        assert plain._cache.next_position == changed._cache.next_position
+
+    def test_generated_text_ends_at_its_token(self, engines):
+        ends = {SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]}
+        assert set(engines["qwen2.5"].tokenizer.eos_ids) == ends
+
+    def test_what_was_pruned_and_kept(self, engines, items):
+        """Of each pair of frames the tokens that the tower attends to most; both markers stay."""
+        session = engines["qwen2.5"].session(media=[items["video"]], sparsity=SPARSE)
+        session.ask("What happens?", params=SamplingParams(max_new_tokens=4))
+        selection = session.selection()
+        assert selection is not None
+        visual = ~selection.token_map.structural
+        kept = torch.zeros(len(visual), dtype=torch.bool)
+        kept[selection.store] = True
+        for frame in (0, 2, 4):
+            own = visual & (selection.token_map.frame == frame)
+            count = int(own.sum())
+            assert int((kept & own).sum()) == int(0.4 * count + 0.5)
+            assert selection.saliency[kept & own].min() >= selection.saliency[own & ~kept].max()
+        assert session.media[0].structural_tokens == 2
+        assert selection.active is not None
+        assert all(len(layer) == max(1, int(0.25 * len(selection.store) + 0.5)) for layer in selection.active)
