@@ -50,8 +50,8 @@ _RADIO = {
     "patch_size": 8, "max_img_size": 48, "num_cls_tokens": 3, "num_registers": 2,
 }  # fmt: skip
 _TEXT = {
-    "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "vocab_size": VOCAB, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 _TSP = "llava.model.encoders.TSPVideoEncoder"
 
@@ -99,7 +99,7 @@ EXTRA_SHAPES: dict[str, Shape] = {
         top={"image_aspect_ratio": "dynamic", "min_tiles": 1, "max_tiles": 4, "chat_template": "qwen2"},
     ),
     "identity": Shape(
-        vision={**_SIGLIP, "hidden_size": 48}, projector="identity",
+        vision={**_SIGLIP, "hidden_size": 64}, projector="identity",
         text={**_TEXT, "rope_theta": 1e6, "max_position_embeddings": 1024},
         top={"image_aspect_ratio": "resize", "model_max_length": 2500},  # above: linear RoPE by 3
     ),
@@ -140,6 +140,8 @@ def write(folder: Path, shape: Shape, seed: int = 0) -> TinyNvila:
     llm = hf.Qwen2ForCausalLM(hf.Qwen2Config(**text, rope_parameters=rope))
     for model in (tower, llm):
         _sharpen(model)
+    # Logit 0, never the largest: random weights would end an answer anywhere.
+    llm.lm_head.weight.data[[SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]]] = 0
     tower.eval().save_pretrained(folder / "vision_tower")
     llm.eval().save_pretrained(folder / "llm")
     # The config on disk does not know of the scaling: its length against the model's says it.
