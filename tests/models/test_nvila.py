@@ -680,7 +680,7 @@ class TestFolders:
         ("file", "changes", "message"),
         [
             ("mm_projector/config.json", {"mm_projector_type": "mlp_downsample_9x9"}, "mlp_downsample_2x2_fix"),
-            ("mm_projector/config.json", {"mm_projector_type": "identity"}, "expected features of 48, got 36"),
+            ("mm_projector/config.json", {"mm_projector_type": "identity"}, "expected features of 64, got 36"),
             ("llm/config.json", {"model_type": "llama"}, "model_type"),
             ("vision_tower/preprocessor_config.json", {"resample": 2}, "resample"),
             ("llm/tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, "Qwen2Tokenizer"),
