@@ -183,7 +183,10 @@ def quantise_checkpoint(
     streamed = StreamedModel(checkpoint, torch.device(device))
     _check_settings(settings, streamed, samples)
     writer = CheckpointWriter(
-        Path(out), form=settings.form, fingerprint=_fingerprint(checkpoint, settings, samples, streamed.device)
+        Path(out),
+        form=settings.form,
+        fingerprint=_fingerprint(checkpoint, settings, samples, streamed.device),
+        folders=checkpoint.folders,
     )
     return _Quantiser(streamed, writer, Path(out), settings, samples, progress).run()
 
@@ -221,7 +224,9 @@ class _Quantiser:
         self._copy_the_rest()
         report = QuantReport(self.out, tuple(self.reports), saliency)
         record = {"settings": asdict(self.settings), "num_samples": len(self.samples), **report.to_json()}
-        self.writer.finish(self.streamed.checkpoint.config, documents=self._documents(), record=record)
+        checkpoint = self.streamed.checkpoint
+        configs = {name: part.config for name, part in checkpoint.folders.items()}
+        self.writer.finish(checkpoint.config, documents=self._documents(), record=record, configs=configs)
         self._tick()
         return report
 
@@ -475,18 +480,20 @@ class _Quantiser:
                 self.writer.add(unit, dense=checkpoint.read_tensors(names), quantised={}, record={})
 
     def _documents(self) -> dict[str, bytes]:
-        """The other files of the folder: tokenizer, preprocessor, templates, licence."""
+        """The other files of the folder and of its sub-models: tokenizer, preprocessor, templates, licence."""
         checkpoint = self.streamed.checkpoint
-        names = sorted(path.name for path in checkpoint.folder.iterdir() if path.is_file())
-        kept = [
-            name
-            for name in names
-            if name not in _WRITTEN_HERE
-            and not name.startswith(".")
-            and not name.endswith(".index.json")
-            and (name.endswith(_DOCUMENT_SUFFIXES) or name.partition(".")[0] in _DOCUMENT_NAMES)
-        ]
-        return {name: checkpoint.read_bytes(name, MAX_TOKENIZER_BYTES) for name in kept}
+        parts = {"": checkpoint, **{f"{name}/": part for name, part in checkpoint.folders.items()}}
+        return {
+            f"{prefix}{name}": part.read_bytes(name, MAX_TOKENIZER_BYTES)
+            for prefix, part in parts.items()
+            for name in sorted(path.name for path in part.folder.iterdir() if path.is_file())
+            if _is_document(name)
+        }
+
+
+def _is_document(name: str) -> bool:
+    known = name.endswith(_DOCUMENT_SUFFIXES) or name.partition(".")[0] in _DOCUMENT_NAMES
+    return known and name not in _WRITTEN_HERE and not name.startswith(".") and not name.endswith(".index.json")
 
 
 # Checks -------------------------------------------------------------------------------------------------------------
@@ -494,8 +501,10 @@ class _Quantiser:
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
     found = [name for name, t in by_layer(checkpoint.headers()).items() if detect(StoredLayer(name, t)) != "dense"]
-    if found or "quantization_config" in checkpoint.config:
-        what = f"layer {found[0]}" if found else "config.json has a quantization_config"
+    configs = {"": checkpoint.config, **{f"{name}/": part.config for name, part in checkpoint.folders.items()}}
+    stated = [folder for folder, config in configs.items() if "quantization_config" in config]
+    if found or stated:
+        what = f"layer {found[0]}" if found else f"{stated[0]}config.json has a quantization_config"
         raise InvalidRequest(
             f"{checkpoint.folder}: expected a checkpoint of floats, this one is quantised already ({what})",
             hint="start from the original",
@@ -545,7 +554,7 @@ def _fingerprint(
     files = sorted({info.file for info in checkpoint.tensors.values()})
     state = {
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "config": checkpoint.config,
+        "config": [checkpoint.config, *(part.config for part in checkpoint.folders.values())],
         "settings": asdict(settings),
         "samples": samples_fingerprint(samples),
         "device": device.type,
@@ -632,12 +641,13 @@ def _unless_changed(stored: Tensor, now: Tensor) -> Tensor:
 
 
 def _in_batches(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[list[str]]:
-    """Names of tensors that may be in memory together; a larger one goes alone."""
+    """Names of tensors that may be in memory and in one file together; a larger one goes alone."""
     batch: list[str] = []
     size = 0
     for name in names:
         info = checkpoint.tensors[name]
-        if batch and size + info.end - info.begin > _COPIED_BYTES:
+        elsewhere = batch and checkpoint.tensors[batch[-1]].file.parent != info.file.parent
+        if elsewhere or (batch and size + info.end - info.begin > _COPIED_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(name)

@@ -57,6 +57,7 @@ def estimate(checkpoint: Checkpoint, settings: QuantSettings, *, num_samples: in
     decoder: Decoder = model.decoder
     name_of = {module: name for name, module in model.named_modules()}
     layers, head = f"{name_of[decoder]}.layers.", f"{name_of[decoder]}.lm_head"
+    tower = f"{name_of[model.tower.blocks]}."
     out = float(checkpoint.weight_bytes)
     stored = {model.rename(name): info for name, info in checkpoint.tensors.items()}
     shell = sum(p.numel() for p in model.parameters())
@@ -71,7 +72,7 @@ def estimate(checkpoint: Checkpoint, settings: QuantSettings, *, num_samples: in
         elif name == head:
             wanted, packed = settings.lm_head != "none", N * K + 4.0 * N
         else:
-            wanted, packed = settings.vision != "none" and ".encoder." in name, N * K + 4.0 * N
+            wanted, packed = settings.vision != "none" and name.startswith(tower), N * K + 4.0 * N
         out += packed - (info.end - info.begin) if wanted else 0
     layer = sum(p.numel() for p in decoder.layer(0).parameters())
     states = num_samples * settings.max_positions * decoder.config.hidden_size * _FLOAT
@@ -100,7 +101,8 @@ def plan_copy(model: str, *, home: Path | None = None, hf_cache: Path | None = N
         return None
     try:
         checkpoint = Checkpoint.open(resolve(model, home=home, hf_cache=hf_cache).path)
-        if checkpoint.weight_bytes < WORTH_BYTES or "quantization_config" in checkpoint.config:
+        configs = (checkpoint.config, *(part.config for part in checkpoint.folders.values()))
+        if checkpoint.weight_bytes < WORTH_BYTES or any("quantization_config" in config for config in configs):
             return None
         settings = QuantSettings()
         return CopyPlan(checkpoint.folder, out, settings, estimate(checkpoint, settings))

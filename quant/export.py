@@ -10,6 +10,9 @@ Work goes on in `<folder>.partial`, one safetensors file a unit, each of which i
 any moment, a later run with the same fingerprint goes on behind the last whole unit and ends with the same bytes. The
 model appears under its name by one rename, and until then no folder has a config.json that could make it look like one.
 
+A model may be a folder of sub-models, each with its config and weights (`folders`): a tensor `<folder>.<name>` then
+lies in that folder as `<name>`, and each folder's config says what of it is quantised.
+
 In `compressed-tensors` 8-bit layers are int-quantized and 4-bit ones pack-quantized; readers are transformers with
 compressed-tensors, and vLLM. `awq` is AutoAWQ's gemm layout, which has no 8 bits.
 """
@@ -94,6 +97,7 @@ class _Unit:
     tensor_bytes: int
     file_bytes: int
     sha256: str  # of the file, as it was written
+    folder: str = ""  # of the sub-model that it belongs to; "" of a model that is one folder
 
     @staticmethod
     def from_json(data: bytes) -> _Unit:
@@ -115,11 +119,11 @@ class _Progress:
         taken = {unit.number for unit in self.units.values()}
         return next(number for number in range(1, len(taken) + 2) if number not in taken)
 
+    def of(self, folder: str) -> list[_Unit]:
+        return [unit for unit in self.in_order() if unit.folder == folder]
+
     def layers(self) -> dict[str, _Layer]:
         return {name: layer for unit in self.in_order() for name, layer in unit.layers.items()}
-
-    def matrices(self) -> list[str]:
-        return [name for unit in self.in_order() for name in unit.matrices]
 
 
 class CheckpointWriter:
@@ -128,8 +132,16 @@ class CheckpointWriter:
     Raises OSError as the disk does; what had been added before stays.
     """
 
-    def __init__(self, folder: Path, *, form: OutputFormat, fingerprint: str, symmetric: bool = False) -> None:
-        """Works in the sibling `<folder>.partial`.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        form: OutputFormat,
+        fingerprint: str,
+        symmetric: bool = False,
+        folders: Iterable[str] = (),
+    ) -> None:
+        """Works in the sibling `<folder>.partial`. `folders` are those of the sub-models, where there are some.
 
         `fingerprint` stands for the source and all settings. A partial folder with the same one is gone on with, one
         with another is removed and begun anew. `symmetric` leaves out the zero points of 4-bit layers, all of which
@@ -144,6 +156,7 @@ class CheckpointWriter:
         self._partial = self._folder.with_name(f"{self._folder.name}.partial")
         self._form: OutputFormat = form
         self._symmetric = symmetric
+        self._folders = tuple(folders)
         self._progress = _Progress()
         self._refuse_existing()
         self._begin({"version": FORMAT_VERSION, "form": form, "symmetric": symmetric, "fingerprint": fingerprint})
@@ -168,7 +181,8 @@ class CheckpointWriter:
 
         `dense` by tensor name, `quantised` by layer name without ".weight", both as the source checkpoint has them;
         biases are in `dense`. `record` is plain JSON. Holds the unit's tensors at most once more. Raises ValueError for
-        a name that is there already, for a layer that the format cannot hold and for an empty unit.
+        a name that is there already, for a layer that the format cannot hold, for an empty unit and for one of several
+        sub-models.
         """
         plain_record = json.loads(_to_json(record))
         if unit in self._progress.units:
@@ -180,15 +194,18 @@ class CheckpointWriter:
                 raise ValueError(f"tensor {clash[0]}: the layer is quantised, and dense as well")
             tensors |= packed
         self._check_names(unit, tensors)
+        folder = self._folder_of(unit, tensors)
         layers = {name: self._layer(weight) for name, weight in quantised.items()}
         number = self._progress.next_number()
         path = self._shard_path(number)
         temporary = path.with_suffix(".tmp")
         try:
-            sha256 = _write_tensors(temporary, tensors, _summary(layers.values()))
+            inner = {_within(folder, name): tensor for name, tensor in tensors.items()}
+            sha256 = _write_tensors(temporary, inner, _summary(layers.values()))
             done = _Unit(
                 number=number,
                 name=unit,
+                folder=folder,
                 record=plain_record,
                 tensors=list(tensors),
                 matrices=[n.removesuffix(".weight") for n, t in dense.items() if n.endswith(".weight") and t.ndim == 2],
@@ -204,40 +221,78 @@ class CheckpointWriter:
         _sync(self._partial)
         self._progress.units[unit] = done
 
-    def finish(self, config: Mapping[str, Any], *, documents: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        *,
+        documents: Mapping[str, bytes],
+        record: Mapping[str, Any],
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Makes the model folder out of the units.
 
-        `config` is the content of config.json, to which the quantization_config is added in place of any it has;
-        `documents` are the other files by name (tokenizer, preprocessor ...). `record` goes into quantization.json,
-        beside the units' records, every layer's scheme and the shards' SHA-256. Raises UnsupportedModel where no config
-        can say which layers are quantised, ValueError for a document under a name of its own, InvalidRequest where
+        `config` is the content of config.json, `configs` those of the sub-models by folder; the quantization_config is
+        added where there are quantised layers, in place of any it has. `documents` are the other files by name
+        (tokenizer, preprocessor ...), `<folder>/<name>` in a sub-model. `record` goes into quantization.json, beside
+        the units' records, every layer's scheme and the shards' SHA-256. Raises UnsupportedModel where no config can
+        say which layers are quantised, ValueError for a document under a name of its own, InvalidRequest where
         `folder` has come to exist.
         """
         self._gather()
         units = self._progress.in_order()
         if not units or units[-1].number != len(units):
             raise ValueError(f"expected all units of the model, got {[unit.number for unit in units]}")
-        shards = _shard_names(len(units))
-        reserved = {_CONFIG_FILE, _INDEX_FILE, RECORD_FILE, *shards}
-        for name in documents:
-            if Path(name).name != name or name in reserved or name.endswith(".safetensors"):
-                raise ValueError(f"expected a plain file name that the writer does not use itself, got {name!r}")
-        quantization = _quantization(self._form, self._progress.layers(), self._progress.matrices())
+        if set(configs or {}) != set(self._folders):
+            raise ValueError(f"expected the configs of {self._folders}, got {sorted(configs or {})}")
+        shards = dict(zip((unit.name for unit in units), _shard_names(len(units)), strict=True))
+        self._check_documents(documents, set(shards.values()))
+        written = {folder: self._config_of(folder, inner) for folder, inner in (configs or {"": config}).items()}
         ready = self._partial / _READY
-        ready.mkdir()
+        for folder in ("", *self._folders):
+            (ready / folder).mkdir()
         for name, data in documents.items():
             _write(ready / name, data)
-        if len(units) > 1:
-            _write(ready / _INDEX_FILE, _to_json(_index(units, shards)))
+        for folder in written:
+            own = self._progress.of(folder)
+            if len(units) > 1 and own:
+                _write(ready / folder / _INDEX_FILE, _to_json(_index(own, shards)))
         _write(ready / RECORD_FILE, _to_json(self._account(units, shards, record)))
-        for unit, shard in zip(units, shards, strict=True):
-            self._shard_path(unit.number).replace(ready / shard)
-        _write(ready / _CONFIG_FILE, _to_json({**config, "quantization_config": quantization.to_dict()}))
+        for unit in units:
+            self._shard_path(unit.number).replace(ready / unit.folder / shards[unit.name])
+        for folder, inner in {"": config, **written}.items():
+            _write(ready / folder / _CONFIG_FILE, _to_json(inner))
         self._refuse_existing()
-        _sync(ready)
+        for folder in (*self._folders, ""):
+            _sync(ready / folder)
         ready.rename(self._folder)
         _sync(self._folder.parent)
         shutil.rmtree(self._partial)
+
+    def _config_of(self, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config with what it says of quantised layers; one of a sub-model that has none says nothing."""
+        units = self._progress.of(folder)
+        layers = {_within(folder, name): layer for unit in units for name, layer in unit.layers.items()}
+        matrices = [_within(folder, name) for unit in units for name in unit.matrices]
+        if folder and not layers:
+            return {key: value for key, value in config.items() if key != "quantization_config"}
+        return {**config, "quantization_config": _quantization(self._form, layers, matrices).to_dict()}
+
+    def _check_documents(self, documents: Mapping[str, bytes], shards: set[str]) -> None:
+        reserved = {_CONFIG_FILE, _INDEX_FILE, RECORD_FILE, *shards}
+        for name in documents:
+            folder, _, plain = name.rpartition("/")
+            known = folder in ("", *self._folders) and Path(plain).name == plain
+            if not known or plain in reserved or plain.endswith(".safetensors"):
+                raise ValueError(f"expected a plain file name that the writer does not use itself, got {name!r}")
+
+    def _folder_of(self, unit: str, tensors: Mapping[str, Tensor]) -> str:
+        """The sub-model that all tensors of a unit belong to; "" where the model is one folder."""
+        found = {name.partition(".")[0] for name in tensors} if self._folders else {""}
+        if len(found) > 1 or not found <= {"", *self._folders}:
+            raise ValueError(
+                f"the unit {unit!r}: expected tensors of one folder of {self._folders}, got {sorted(found)}"
+            )
+        return found.pop()
 
     def _begin(self, settings: dict[str, Any]) -> None:
         """Opens the partial folder, or makes it."""
@@ -278,7 +333,7 @@ class CheckpointWriter:
         ready = self._partial / _READY
         if not ready.exists():
             return
-        for path in ready.iterdir():
+        for path in ready.rglob("*.safetensors"):
             if match := _SHARD.fullmatch(path.name):
                 path.replace(self._shard_path(int(match[1] or 1)))
         shutil.rmtree(ready)
@@ -318,8 +373,9 @@ class CheckpointWriter:
             return _Layer(bits=8, group_size=K, in_features=K, symmetric=True)
         return _Layer(bits=4, group_size=weight.group_size, in_features=K, symmetric=self._symmetric)
 
-    def _account(self, units: list[_Unit], shards: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    def _account(self, units: list[_Unit], shards: Mapping[str, str], record: Mapping[str, Any]) -> dict[str, Any]:
         """What quantization.json says."""
+        files = {unit.name: "/".join(filter(None, (unit.folder, shards[unit.name]))) for unit in units}
         return {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "sparsevila", "version": __version__},
@@ -334,13 +390,8 @@ class CheckpointWriter:
                 }
                 for name, layer in self._progress.layers().items()
             },
-            "units": {
-                unit.name: {"shard": shard, "record": unit.record} for unit, shard in zip(units, shards, strict=True)
-            },
-            "shards": {
-                shard: {"bytes": unit.file_bytes, "sha256": unit.sha256}
-                for unit, shard in zip(units, shards, strict=True)
-            },
+            "units": {unit.name: {"shard": files[unit.name], "record": unit.record} for unit in units},
+            "shards": {files[unit.name]: {"bytes": unit.file_bytes, "sha256": unit.sha256} for unit in units},
         }
 
 
@@ -406,8 +457,13 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _index(units: list[_Unit], shards: list[str]) -> dict[str, Any]:
-    weight_map = {name: shard for unit, shard in zip(units, shards, strict=True) for name in unit.tensors}
+def _within(folder: str, name: str) -> str:
+    """A tensor's or layer's name in its own folder."""
+    return name.removeprefix(f"{folder}.") if folder else name
+
+
+def _index(units: list[_Unit], shards: Mapping[str, str]) -> dict[str, Any]:
+    weight_map = {_within(unit.folder, name): shards[unit.name] for unit in units for name in unit.tensors}
     total = sum(unit.tensor_bytes for unit in units)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
