@@ -5,7 +5,7 @@ Everything a turn changes is one frozen `State`. It is replaced when a step is c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from .cache import CacheCheckpoint
 from .config import Sparsity
 from .diagnostics import Selection
 from .sparsity.base import Method, Survivors
-from .sparsity.registry import AUTO, make_method
+from .sparsity.registry import make_method
 
 
 @dataclass(eq=False)
@@ -111,9 +111,10 @@ class Policy:
     """The sparsity a caller asked for; None takes the default of each kind of media."""
 
     sparsity: Sparsity | None
+    auto: Mapping[MediaKind, Sparsity]
 
     def of_kind(self, kind: MediaKind) -> Sparsity:
-        return AUTO[kind] if self.sparsity is None else self.sparsity
+        return self.auto[kind] if self.sparsity is None else self.sparsity
 
     def of_all(self, media: Sequence[MediaItem]) -> Sparsity:
         """One policy for a turn over several items: a video's, if there is one."""

@@ -29,7 +29,7 @@ from .prompt import check_media_tokens
 from .runner import Runner
 from .session import Session
 from .shortage import out_of_memory, shortage
-from .sparsity.registry import AUTO
+from .sparsity.registry import auto_sparsity
 from .tokenizer import Tokenizer, load_tokenizer
 
 _FEATURE_CACHE_BYTES = 1 << 30  # encoded media that no session holds any more
@@ -55,6 +55,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.info = info
         self.max_context = info.max_context
+        self.auto = auto_sparsity(model.default_frames)
         self.runner = Runner(model)
         self.device_lock = threading.RLock()  # device work of all sessions goes one after the other
         self.closed = False
@@ -124,7 +125,7 @@ class Engine:
 
     def default_sparsity(self, kind: MediaKind) -> Sparsity:
         """What `sparsity=None` means for media of this kind."""
-        return self._sparsity or AUTO[kind]
+        return self._sparsity or self.auto[kind]
 
     def session(
         self,

@@ -34,7 +34,6 @@ from .turn import TurnDriver
 if TYPE_CHECKING:
     from .engine import Engine
 
-MAX_DEFAULT_FRAMES = 32  # of a video whose caller names no number
 _ROOM_FOR_TEXT = 512  # positions left free when that number is chosen
 _SELECTIONS_KEPT = 64  # turns whose active sets stay for diagnostics
 
@@ -58,7 +57,7 @@ class Session:
         self._cache = engine.new_cache()
         self._state = State(self._cache.empty_checkpoint())
         self._system = system
-        self._policy = Policy(sparsity)
+        self._policy = Policy(sparsity, engine.auto)
         self._busy = threading.Lock()
         self._cancelled = threading.Event()
         self._selections: deque[Selection] = deque(maxlen=_SELECTIONS_KEPT)
@@ -90,7 +89,7 @@ class Session:
         if value is not None:
             make_method(value)
         with self._exclusive():
-            old, new = self._policy, Policy(value)
+            old, new = self._policy, Policy(value, self._engine.auto)
             self._policy = new
             kinds = {item.kind for item in self._state.media}
             if any(replace(old.of_kind(k), decode=0.0) != replace(new.of_kind(k), decode=0.0) for k in kinds):
@@ -171,7 +170,7 @@ class Session:
         if state.stale:  # the cache is empty, but the records will be in it again
             encode = self._engine.tokenizer.encode
             free -= sum(len(encode(r.question, first=False)) + len(r.answer_ids) for r in state.records)
-        return max(1, min(MAX_DEFAULT_FRAMES, free // kept))
+        return max(1, min(self._engine.model.default_frames, free // kept))
 
     def _attachment(self, item: MediaItem) -> Attachment:
         return Attachment(

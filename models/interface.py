@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MediaKind = Literal["image", "video"]
 
+DEFAULT_FRAMES = 32  # of a video whose caller names no number, where the model's config names none either
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -210,6 +212,11 @@ class VisionLanguageModel(Protocol):
     @property
     def media_tokens(self) -> dict[str, int]:
         """Names of media tokens and their ids in the config, to check the tokenizer against."""
+        ...
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of a video whose caller names no number; fewer where they do not fit."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -23,6 +23,7 @@ from .checkpoint import Checkpoint, ConfigReader
 from .clip import ClipConfig, ClipTower
 from .decoder import Decoder, DecoderConfig
 from .interface import (
+    DEFAULT_FRAMES,
     Frames,
     Progress,
     ProgressFn,
@@ -230,6 +231,11 @@ class LlavaNext(ContiguousPositions, nn.Module):
                 line=torch.full((T * per_frame,), -1, dtype=torch.int32),
             ),
         )
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of a video whose caller names no number."""
+        return DEFAULT_FRAMES
 
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame."""

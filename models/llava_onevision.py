@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, ConfigReader
 from .clip import ClipConfig
 from .decoder import Decoder, DecoderConfig
 from .interface import (
+    DEFAULT_FRAMES,
     Frames,
     Progress,
     ProgressFn,
@@ -197,6 +198,11 @@ class LlavaOnevision(ContiguousPositions, nn.Module):
     @property
     def _pooled_side(self) -> int:
         return math.ceil(self.config.vision.grid / 2)
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of a video whose caller names no number."""
+        return DEFAULT_FRAMES
 
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame."""

@@ -24,6 +24,7 @@ from ..errors import CorruptCheckpoint, ImageTooNarrow, InvalidRequest
 from .checkpoint import Checkpoint, ConfigReader
 from .decoder import Decoder, DecoderConfig
 from .interface import (
+    DEFAULT_FRAMES,
     Frames,
     Progress,
     ProgressFn,
@@ -332,6 +333,11 @@ class Qwen2VL(nn.Module):
                 seconds=torch.full((total,), seconds, dtype=torch.float32),
             ),
         )
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of a video whose caller names no number."""
+        return DEFAULT_FRAMES
 
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame, at most: a smaller picture gives fewer."""

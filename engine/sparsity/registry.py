@@ -13,6 +13,14 @@ METHODS: dict[str, type[Method]] = {"dense": Method, "sparsevila": SparseVILA, "
 
 # Fractions removed in prefill and decode when the caller asks for none in particular (arXiv 2510.17777, table 1).
 AUTO: dict[MediaKind, Sparsity] = {"image": Sparsity(0.60, 0.75), "video": Sparsity(0.60, 0.75)}
+# For videos of models that were made for long ones, as LongVILA: they repeat themselves more.
+LONG_VIDEO = Sparsity(0.75, 0.90)
+LONG_VIDEO_FRAMES = 128  # by default, at least, of such a model
+
+
+def auto_sparsity(default_frames: int) -> dict[MediaKind, Sparsity]:
+    """The table for a model that takes so many frames of a video by default."""
+    return AUTO if default_frames < LONG_VIDEO_FRAMES else {**AUTO, "video": LONG_VIDEO}
 
 
 def make_method(sparsity: Sparsity) -> Method:

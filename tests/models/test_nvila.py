@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles import write_clip
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 from tiny_nvila import EXTRA_SHAPES, SHAPES, SPECIAL_IDS, SPECIALS, TinyNvila, write
@@ -23,7 +24,7 @@ from tiny_qwen import tokenizer_json
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevila import CorruptCheckpoint, Engine, Image, ModelNotFound, SamplingParams, UnsupportedModel
+from sparsevila import CorruptCheckpoint, Engine, Image, ModelNotFound, SamplingParams, Sparsity, UnsupportedModel
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.engine.tokenizer import load_tokenizer
@@ -708,3 +709,21 @@ class TestFolders:
         (folder / "llm" / "vocab.json").write_text(json.dumps({k: v for k, v in vocab.items() if k != "\u010a"}))
         with pytest.raises(UnsupportedModel, match=r"llm/vocab\.json: expected a byte-level vocabulary"):
             load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames_used", "video"), [("nvila", 8, (0.60, 0.75)), ("longvila", 20, (0.75, 0.90))], ids=str
+)
+def test_a_clip_takes_the_models_number_of_frames(tiny, tmp_path, name, frames_used, video):
+    """8 of NVILA; all 20 that there are of LongVILA, whose default is 256 and whose videos are pruned harder."""
+    clip = write_clip(tmp_path / "clip.mp4", frames=20)
+    with Engine.load(tiny[name].folder, device="cpu", dtype="float32") as engine:
+        session = engine.session()
+        assert session.attach(clip).frames == frames_used
+        assert (session.sparsity.prefill, session.sparsity.decode) == video
+        assert engine.default_sparsity("video") == session.sparsity
+        assert engine.default_sparsity("image").prefill == 0.60
+        session.sparsity = Sparsity(0.0, 0.0)
+        assert session.sparsity.prefill == 0.0
+        session.sparsity = None
+        assert session.sparsity.prefill == video[0]
