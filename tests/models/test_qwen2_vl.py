@@ -19,6 +19,7 @@ from tiny_qwen import config as tiny_config
 from torch import Tensor
 
 from sparsevila import (
+    ContextTooLong,
     CorruptCheckpoint,
     Engine,
     Image,
@@ -34,7 +35,7 @@ from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.errors import ImageTooNarrow
 from sparsevila.models.checkpoint import Checkpoint
-from sparsevila.models.interface import Frames, TokenMap, VisualInputs
+from sparsevila.models.interface import Frames, Progress, TokenMap, VisualInputs
 from sparsevila.models.qwen2_vl import PixelLimits, Qwen2VL, Qwen2VLConfig, smart_resize, video_limits
 from sparsevila.models.registry import load_model
 
@@ -187,6 +188,38 @@ class TestAgainstTransformers:
     def test_images_and_videos(self, qwens, name):
         clip, other = frames(5, 90, 120, kind="video"), frames(2, 60, 60, kind="video", seed=3, fps=0.7)
         assert_equal_generation(qwens[name], [frames(100, 200), clip, frames(50, 50, seed=1), other])
+
+
+class TestEncoding:
+    @pytest.mark.parametrize("name", ["qwen2", "qwen2.5"])
+    @torch.inference_mode()
+    def test_frames_go_through_the_tower_in_chunks(self, qwens, monkeypatch, name):
+        """No more patches at once than there may be, or one pair of frames; the result is that of all at once."""
+        model = load(qwens[name])
+        clip = model.preprocess(frames(9, 90, 120, kind="video"))
+        whole = model.encode(clip)
+        per_pair = clip.layout[1] * clip.layout[2]
+        for patches, pairs in ((1, [1] * 5), (2 * per_pair, [2, 2, 1]), (1 << 20, [5])):
+            seen: list[int] = []
+            steps: list[Progress] = []
+            monkeypatch.setattr("sparsevila.models.qwen2_vl._PATCHES_PER_CHUNK", patches)
+            hook = model.visual.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+            part = model.encode(clip, steps.append)
+            hook.remove()
+            assert seen == pairs
+            assert [step.done for step in steps] == [*range(0, 9, 2 * pairs[0]), 9]
+            for got, want in ((part.features, whole.features), (part.saliency, whole.saliency)):
+                assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+    def test_markers_have_no_saliency_and_their_own_embedding(self, qwens):
+        model = load(qwens["qwen2.5"])
+        tokens = model.encode(model.preprocess(frames(60, 90)))
+        assert tokens.saliency[[0, -1]].tolist() == [0.0, 0.0]
+        assert (tokens.saliency[1:-1] > 0).all()
+        embedded = model.embed_visual(tokens)
+        assert torch.equal(embedded[[0, -1]], model.decoder.embed(torch.tensor([START, END])))
+        assert torch.equal(embedded[1:-1], tokens.features[1:-1])
+        assert torch.equal(model.embed_visual(tokens.select(torch.tensor([2, len(tokens) - 1])))[1], embedded[-1])
 
 
 # Clips against the last version of `transformers` whose positions are the models' own (tests/models/oracles/mrope.py)
@@ -712,6 +745,24 @@ class TestConversations:
         first, second = (s.ask("What happens?", params=params) for s in (plain, changed))
         assert first.token_ids == second.token_ids
         assert plain._cache.next_position == changed._cache.next_position
+
+    def test_a_clip_may_take_more_positions_than_tokens(self, qwens, tmp_path):
+        """Two seconds a pair of frames at two positions a second, a token of each: too long, whatever the limit."""
+        clip = replace(write_clip(tmp_path / "slow.mp4", frames=12, fps=1), frames=12)
+        fits = []
+        for context in range(70, 100):
+            with Engine.load(qwens["qwen2.5"].folder, device="cpu", dtype="float32", max_context=context) as engine:
+                session = engine.session(media=[clip], sparsity=Sparsity(0.9, 0.0))
+                try:
+                    session.ask("What?", params=SamplingParams(max_new_tokens=3))
+                except ContextTooLong:
+                    assert session.history == ()
+                else:
+                    fits.append(context)
+                    assert session._cache.next_position <= context
+        tokens = sum(len(layer.segment()[0][0]) for layer in (session._cache.visual[0], session._cache.text[0]))
+        assert fits == [*range(fits[0], 100)]
+        assert tokens + 3 < fits[0] == session._cache.next_position - 2  # where it has one token, and here three
 
     def test_generated_text_ends_at_its_token(self, engines):
         ends = {SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]}
