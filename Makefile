@@ -45,8 +45,9 @@ test: $(VENV)/test.stamp
 test-kernels: $(VENV)/test.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/gpu tests/kernels/test_kernels.py \
 		tests/kernels/test_w8a8.py $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engine/test_session.py tests/models/test_quantised_checkpoints.py \
-		-k "final_cache or engine_answers"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engine/test_session.py tests/engine/test_runner_decode.py \
+		tests/models/test_quantised_checkpoints.py \
+		-k "final_cache and (vicuna-sparse or mistral-dense) or engine_answers or bit_for_bit"
 
 aot: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/kernels/aot.py --processes 2 --out docs/kernels-aot.md $(ARGS)

@@ -1,8 +1,8 @@
 """Drives the decoder over a cache: prefill in chunks, decode token by token.
 
 The loop over layers lives here, so that models know nothing of caches and sparsity. No mask over all keys is ever
-built: a chunk attends to the two stores (everything in them came before it) and causally to itself, and the parts
-are joined by their log-sum-exps. So causality follows the order of the sequence, whatever the order in the stores.
+built: a chunk attends to the two stores (everything in them came before it) and causally to itself. So causality
+follows the order of the sequence, whatever the order in the stores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..kernels.attention import attention, merge_attention
+from ..kernels.extend_attention import extend_attention
 from ..kernels.retrieval import retrieval
 from ..models.interface import Progress, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
 from .cache import KVCache
@@ -166,8 +166,7 @@ class Runner:
         seen: list[tuple[Tensor, Tensor]] = []  # q and lse of the rows that the method wants
         for i, chunk in enumerate(chunks):
             q, k, v = module.project(chunk.hidden, chunk.cos, chunk.sin)
-            parts = [attention(q, *part, causal=False) for part in cache.segments(layer) if part[0].shape[1]]
-            attended, lse = merge_attention([*parts, attention(q, k, v, causal=True)])
+            attended, lse = extend_attention(q, k, v, *cache.segments(layer))
             if mass is not None and len(mass[layer]):
                 mass[layer] += retrieval(q, cache.visual_keys(layer), lse)
             cache.append(layer, k, v, chunk.visual, chunk.num_visual)

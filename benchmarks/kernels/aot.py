@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from environment import describe
 
 MODULES = (
-    "column_sums", "decode_attention", "gather", "int4_linear", "int8_linear", "quantize_rows", "rms_norm",
-    "rope_append", "silu_mul",
+    "column_sums", "decode_attention", "extend_attention", "gather", "int4_linear", "int8_linear", "quantize_rows",
+    "rms_norm", "rope_append", "silu_mul", "top_k",
 )  # fmt: skip
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 # Bytes of shared memory that a block may have (CUDA C programming guide, table of compute capabilities).

@@ -7,6 +7,7 @@ from sparsevila.kernels.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from sparsevila.kernels.attention import attention, attention_ref, merge_attention
 from sparsevila.kernels.compaction import compaction, compaction_ref
 from sparsevila.kernels.decode_attention import decode_attention, decode_attention_ref
+from sparsevila.kernels.extend_attention import extend_attention, extend_attention_ref
 from sparsevila.kernels.retrieval import retrieval, retrieval_ref
 from sparsevila.kernels.rms_norm import rms_norm, rms_norm_ref
 from sparsevila.kernels.rope import rope, rope_ref
@@ -65,6 +66,19 @@ class TestAttention:
         for cut in {0, N // 4, N - 1}:  # segments are slices, as in a store
             a, b = (k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])
             assert_close(decode_attention(q, a, b), decode_attention_ref(q, a, b), dtype)
+
+    def test_extend(self, H, H_kv, M, N, D, dtype):
+        q = rand(H, M, D, dtype=dtype)
+        k, v = (rand(H_kv, N, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype, scale=0.5))
+        own = rand(H_kv, M, D, dtype=dtype), rand(H_kv, M, D, dtype=dtype).flip(1)
+        for cut in {0, N // 4}:
+            stores = (k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:])
+            out, lse = extend_attention(q, *own, *stores)
+            want, want_lse = extend_attention_ref(q, *own, *stores)
+            assert_close(out, want, dtype)
+            assert_close(lse, want_lse, dtype, LSE_TOLERANCE[dtype])
+        with pytest.raises(ValueError, match="expected keys"):
+            extend_attention(q, k[:, : M - 1], v[:, : M - 1], *stores)
 
     def test_retrieval(self, H, H_kv, M, N, D, dtype):
         q, k = rand(H, M, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype)

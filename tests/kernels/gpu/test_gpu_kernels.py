@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from sparsevila.kernels.attention import attention_ref
 from sparsevila.kernels.decode_attention import decode_attention_ref
+from sparsevila.kernels.extend_attention import extend_attention, extend_attention_ref
 from sparsevila.kernels.gpu.blocks import head_parts, power_of_two
 from sparsevila.kernels.gpu.column_sums import column_sums
 from sparsevila.kernels.gpu.decode_attention import CHUNK, decode_attention
+from sparsevila.kernels.gpu.extend_attention import num_shares
 from sparsevila.kernels.gpu.gather import gather
 from sparsevila.kernels.gpu.int4_linear import dequantised, few_tokens, pack_scales, pack_words, unpack_words
 from sparsevila.kernels.gpu.int8_linear import int8_linear
@@ -25,6 +27,7 @@ from sparsevila.kernels.retrieval import retrieval, retrieval_ref
 from sparsevila.kernels.rms_norm import rms_norm_ref
 from sparsevila.kernels.rope import rope
 from sparsevila.kernels.saliency import saliency, saliency_ref
+from sparsevila.kernels.top_k import top_k, top_k_ref
 
 # Relative to the largest value: one rounding of the result, or two.
 STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
@@ -127,6 +130,62 @@ def test_the_result_does_not_depend_on_the_capacity(dtype: torch.dtype, device: 
         for room in (300, 700)
     ]
     assert torch.equal(found[0], found[1])
+
+
+# A question over the stores ------------------------------------------------------------------------------------------
+
+QUESTIONS = [  # H, H_kv, M, A, B, D
+    (4, 2, 9, 700, 37, 64),
+    (3, 3, 1, 0, 0, 72),
+    (14, 2, 25, 65, 640, 80),
+    (2, 1, 70, 0, 5, 128),
+    (6, 2, 50, 64, 0, 64),
+]
+
+
+@pytest.mark.parametrize(("H", "H_kv", "M", "A", "B", "D"), QUESTIONS)
+def test_extend_attention(H: int, H_kv: int, M: int, A: int, B: int, D: int, dtype: torch.dtype, device: str) -> None:
+    q = rand(M, H, D, dtype=dtype, device=device, scale=2).transpose(0, 1)  # as a projection leaves it
+    own = [rand(M, H_kv, D, dtype=dtype, device=device, seed=s).transpose(0, 1) for s in (1, 2)]
+    stores = []
+    for i, n in enumerate((A, B)):
+        store = [rand(H_kv, n + 9, D, dtype=dtype, device=device, seed=s) for s in (i, i + 9)]
+        for tensor in store:
+            tensor[:, n:] = float("nan")  # what lies behind the end must not be read
+        stores.append((store[0][:, :n], store[1][:, :n]))
+    got, lse = extend_attention(q, *own, *stores)
+    want, want_lse = extend_attention_ref(q, *own, *stores)
+    assert got.dtype == dtype
+    assert error(got, want) < 2 * STEP[dtype]
+    assert error(lse, want_lse) < 4 * STEP[torch.float32]
+    if M > 1:  # a row that sees the one after it, or a head that reads another's keys
+        assert error(extend_attention_ref(q, *(t.roll(1, dims=1) for t in own), *stores)[0], want) > 8 * STEP[dtype]
+    if H_kv > 1 and M > 1:
+        assert error(extend_attention_ref(q, *(t.roll(1, dims=0) for t in own), *stores)[0], want) > 8 * STEP[dtype]
+
+
+def test_shares_of_the_keys() -> None:
+    sizes = ((4, 1000), (300, 1000), (20, 9), (1, 0), (1, 9999))
+    assert [num_shares(programs, blocks) for programs, blocks in sizes] == [64, 1, 2, 1, 64]
+
+
+# Top-k --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("L", "N", "k"), [(3, 1, 1), (2, 130, 129), (4, 700, 70), (1, 9000, 900), (2, 5000, 4999)])
+@pytest.mark.parametrize("values", ["distinct", "ties", "equal", "signs"])
+def test_top_k(L: int, N: int, k: int, values: str, device: str) -> None:
+    scores = rand(L, N, dtype=torch.float32, device=device, scale=1e-4)
+    if values == "ties":
+        scores = (scores * 3e4).round() * 1e-30
+    elif values == "equal":
+        scores = torch.full_like(scores, 0.25)
+    elif values == "signs":
+        scores = scores.sign() * 0.0  # zeros of both signs are one number
+        scores[:, ::7], scores[:, 3::11] = -torch.inf, 3e38
+    got = top_k(scores, k)
+    assert got.dtype == torch.int64
+    assert torch.equal(got.cpu(), top_k_ref(scores.cpu(), k))
 
 
 # Gather -------------------------------------------------------------------------------------------------------------
