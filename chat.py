@@ -399,7 +399,10 @@ def run_models(argv: list[str], screen: terminal.Screen) -> int:
         screen.note(f"{args.get} is in {folder.path}")
         return 0
     rows = [
-        (f"{row.alias:24}{row.repository:44}{terminal.format_bytes(row.size_bytes):>9}", str(row.found or "not here"))
+        (
+            f"{row.alias:22}{row.repository:46}{terminal.format_bytes(row.size_bytes):>9}  {row.licence}",
+            str(row.found or "not here"),
+        )
         for row in hub.list_models()
     ]
     print(table(rows), flush=True)

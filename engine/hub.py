@@ -53,17 +53,35 @@ class Alias:
 
 
 # Revisions stand at "main" because no commit could be looked up when this table was written: put the commit
-# here that is in `sparsevila_source.json` after the first download.
+# here that is in `sparsevila_source.json` after the first download. Sizes are those of `benchmarks/published.py`,
+# licences those that the model cards state for the weights; what a licence asks for, its text says.
 _LLAMA_2 = "Llama 2 Community License (base model)"
+_APACHE, _APACHE_BASE = "Apache 2.0", "Apache 2.0 (base model)"
+_QWEN, _QWEN_RESEARCH = "Qwen license", "Qwen Research License (non-commercial)"
+_NON_COMMERCIAL = "CC BY-NC 4.0"
 ALIASES: Final[dict[str, Alias]] = {
     "demo": Alias(None, "", 8_200_000, "as this package"),
     "demo-quantised": Alias(None, "", 3_800_000, "as this package"),
-    "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "main", 14_126_862_336, _LLAMA_2),
-    "llava-next-mistral-7b": Alias(
-        "llava-hf/llava-v1.6-mistral-7b-hf", "main", 15_133_495_296, "Apache 2.0 (base model)"
-    ),
-    "llava-next-video-7b": Alias("llava-hf/LLaVA-NeXT-Video-7B-hf", "main", 14_126_862_336, _LLAMA_2),
-    "llava-next-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", "main", 26_702_999_552, _LLAMA_2),
+    "llava-next-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf", "main", 14_101_665_792, _LLAMA_2),
+    "llava-next-mistral-7b": Alias("llava-hf/llava-v1.6-mistral-7b-hf", "main", 15_108_298_752, _APACHE_BASE),
+    "llava-next-video-7b": Alias("llava-hf/LLaVA-NeXT-Video-7B-hf", "main", 14_101_665_792, _LLAMA_2),
+    "llava-next-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf", "main", 26_677_803_008, _LLAMA_2),
+    "llava-onevision-0.5b": Alias("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "main", 1_787_346_496, _APACHE),
+    "llava-onevision-7b": Alias("llava-hf/llava-onevision-qwen2-7b-ov-hf", "main", 16_059_775_552, _APACHE),
+    "qwen2-vl-2b": Alias("Qwen/Qwen2-VL-2B-Instruct", "main", 4_417_971_200, _APACHE),
+    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "main", 16_582_751_232, _APACHE),
+    "qwen2-vl-72b": Alias("Qwen/Qwen2-VL-72B-Instruct", "main", 146_811_120_640, _QWEN),
+    "qwen2.5-vl-3b": Alias("Qwen/Qwen2.5-VL-3B-Instruct", "main", 7_509_245_952, _QWEN_RESEARCH),
+    "qwen2.5-vl-3b-awq": Alias("Qwen/Qwen2.5-VL-3B-Instruct-AWQ", "main", 3_401_637_888, _QWEN_RESEARCH),
+    "qwen2.5-vl-7b": Alias("Qwen/Qwen2.5-VL-7B-Instruct", "main", 16_584_333_312, _APACHE),
+    "qwen2.5-vl-7b-awq": Alias("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "main", 6_923_847_680, _APACHE),
+    "qwen2.5-vl-32b": Alias("Qwen/Qwen2.5-VL-32B-Instruct", "main", 66_905_436_672, _APACHE),
+    "qwen2.5-vl-72b": Alias("Qwen/Qwen2.5-VL-72B-Instruct", "main", 146_821_554_688, _QWEN),
+    "nvila-8b": Alias("Efficient-Large-Model/NVILA-8B", "main", 16_146_289_984, _NON_COMMERCIAL),
+    "nvila-lite-8b": Alias("Efficient-Large-Model/NVILA-Lite-8B", "main", 16_143_642_688, _NON_COMMERCIAL),
+    "longvila-7b": Alias("Efficient-Large-Model/qwen2-7b-longvila-256f", "main", 16_080_192_832, _NON_COMMERCIAL),
+    "longvila-7b-1m": Alias("Efficient-Large-Model/qwen2-7b-longvila-1M", "main", 16_079_513_152, _NON_COMMERCIAL),
+    "longvila-1.5b": Alias("Efficient-Large-Model/qwen2-1.5b-longvila-256f", "main", 3_900_933_696, _NON_COMMERCIAL),
 }
 
 
@@ -82,6 +100,7 @@ class ModelRow:
     alias: str
     repository: str
     size_bytes: int
+    licence: str
     found: Path | None
 
 
@@ -150,7 +169,7 @@ def quantised_folder(model: str, home: Path | None = None) -> Path | None:
 def list_models(home: Path | None = None, hf_cache: Path | None = None) -> list[ModelRow]:
     """Every alias and where it is on this machine. No network."""
     return [
-        ModelRow(alias, entry.repository or BUNDLED, entry.size_bytes, found.path if found else None)
+        ModelRow(alias, entry.repository or BUNDLED, entry.size_bytes, entry.licence, found.path if found else None)
         for alias, entry in ALIASES.items()
         for found in [_find(_of_alias(alias), home, hf_cache, quantised=True)]
     ]

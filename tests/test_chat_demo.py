@@ -179,6 +179,7 @@ def test_models_and_doctor(folder: Path) -> None:
     assert rows.keys() == hub.ALIASES.keys()
     assert rows["demo"].endswith("demo")
     assert rows["llava-next-7b"].endswith("not here")
+    assert all(hub.ALIASES[alias].licence in row for alias, row in rows.items())
     doctor = _chat(folder, "doctor")
     assert doctor.returncode == 0
     for word in ("sparsevila", "torch cpu", "codecs", "h264", "memory"):
