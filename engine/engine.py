@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ from .sparsity.registry import auto_sparsity
 from .tokenizer import Tokenizer, load_tokenizer
 
 _FEATURE_CACHE_BYTES = 1 << 30  # encoded media that no session holds any more
-_WORKSPACE_BYTES = 512 << 20  # activations of a prefill chunk and of the vision tower's tiles, rounded up
+WORKSPACE_BYTES = 512 << 20  # activations of a prefill chunk and of the vision tower's tiles, rounded up
 _SCALE_BYTES = 8  # a scale and its product with the zero point, each as two bfloat16 numbers
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,7 +219,7 @@ class Engine:
         if self._max_memory_bytes is not None:
             need = cache.bytes_with(visual=visual, text=text, active=active)
             held = self._feature_bytes() + sum(other.bytes_with() for other in self._caches if other is not cache)
-            free = self._max_memory_bytes - self.info.weight_bytes - _WORKSPACE_BYTES - held
+            free = self._max_memory_bytes - self.info.weight_bytes - WORKSPACE_BYTES - held
             if need > free:
                 raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
         cache.reserve(visual=visual, text=text)
@@ -280,10 +280,14 @@ def _load(
 def _check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None, *, w4a8: bool) -> None:
     if limit is None:
         return
-    sizes = (_loaded_bytes(name, info, dtype, w4a8=w4a8) for name, info in checkpoint.tensors.items())
-    need = sum(sizes) + _WORKSPACE_BYTES
+    need = loaded_bytes(checkpoint.tensors, dtype, w4a8=w4a8) + WORKSPACE_BYTES
     if need > limit:
         raise InsufficientMemory(need, limit, what="loading this model", hint="use a smaller model or a higher limit")
+
+
+def loaded_bytes(tensors: Mapping[str, TensorInfo], dtype: torch.dtype, *, w4a8: bool = False) -> int:
+    """What a checkpoint's tensors will take in memory, from their headers."""
+    return sum(_loaded_bytes(name, info, dtype, w4a8=w4a8) for name, info in tensors.items())
 
 
 def _loaded_bytes(name: str, info: TensorInfo, dtype: torch.dtype, *, w4a8: bool) -> int:
@@ -311,7 +315,7 @@ def _give_back(model: VisionLanguageModel) -> None:
 
 def _fixed_bytes(model: VisionLanguageModel) -> int:
     """Weights and workspace: what does not grow with the conversation."""
-    return _weight_bytes(model) + _WORKSPACE_BYTES
+    return _weight_bytes(model) + WORKSPACE_BYTES
 
 
 def _position_bytes(model: VisionLanguageModel) -> int:

@@ -9,7 +9,7 @@ tiles and the order of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -338,7 +338,7 @@ class Nvila(ContiguousPositions, nn.Module):
         size, (T, height, width) = self.config.vision.image_size, frames.rgb.shape[:3]
         square = self._padded if self.config.aspect == "pad" else Image.fromarray
         whole = _Tiles(1, 1)
-        tiles = [whole.cut(square(rgb), size)[0] for rgb in frames.rgb]
+        tiles = (whole.cut(square(rgb), size)[0] for rgb in frames.rgb)
         pool = self.config.pool if frames.kind == "video" else (1, 1, 1)
         boxes = self._boxes(whole, pool).flatten(0, 1)
         if self.config.aspect == "pad":
@@ -346,7 +346,7 @@ class Nvila(ContiguousPositions, nn.Module):
         starts = torch.arange(0, T, pool[0])
         shown_frames = (starts + (starts + pool[0]).clamp(max=T)) // 2  # the middle of those that are averaged
         token_map = _map(boxes.expand(len(starts), -1, -1), shown_frames, newlines=1)
-        return VisualInputs(frames.kind, _stacked(tiles), (0, 0, 1), token_map)
+        return VisualInputs(frames.kind, _stacked(tiles, T, size), (0, 0, 1), token_map)
 
     def _padded(self, rgb: np.ndarray) -> Image.Image:
         """A square picture, the given one in its middle, the rest in the mean colour."""
@@ -368,7 +368,7 @@ class Nvila(ContiguousPositions, nn.Module):
             boxes = torch.cat([boxes, self._boxes(_Tiles(1, 1)).flatten(0, 1)[None]])
         # The prompt of such an image is a media token and a newline for each tile, and a tile ends with a newline.
         token_map = _map(boxes, torch.zeros(len(tiles)), newlines=2)
-        return VisualInputs("image", _stacked(tiles), (0, 0, 2), token_map)
+        return VisualInputs("image", _stacked(tiles, len(tiles), size), (0, 0, 2), token_map)
 
     def _tiles_of_scales(self, rgb: np.ndarray, grid: _Tiles) -> VisualInputs:
         """`dynamic_s2`: the picture at every scale, the last one on the grid that fits it."""
@@ -377,7 +377,7 @@ class Nvila(ContiguousPositions, nn.Module):
         tiles = [tile for each in grids for tile in each.cut(picture, size)]
         boxes = self._boxes(grids[self.config.output_scale]).flatten(0, 1)[None]
         token_map = _map(boxes, torch.zeros(1), newlines=1)
-        return VisualInputs("image", _stacked(tiles), (grid.rows, grid.cols, 1), token_map)
+        return VisualInputs("image", _stacked(tiles, len(tiles), size), (grid.rows, grid.cols, 1), token_map)
 
     def _grids(self, rows: int, cols: int) -> list[_Tiles]:
         """The tiles of every scale."""
@@ -496,9 +496,12 @@ def _patch_size(vision: ClipConfig | RadioConfig) -> int:
     return vision.layers.patch_size if isinstance(vision, RadioConfig) else vision.patch_size
 
 
-def _stacked(tiles: list[np.ndarray]) -> Tensor:
-    """(S, S, 3) uint8 tiles -> (tiles, 3, S, S) uint8."""
-    return torch.from_numpy(np.stack(tiles).transpose(0, 3, 1, 2).copy())
+def _stacked(tiles: Iterable[np.ndarray], count: int, size: int) -> Tensor:
+    """`count` tiles (size, size, 3) uint8, made one by one -> (count, 3, size, size) uint8."""
+    pixels = np.empty((count, 3, size, size), dtype=np.uint8)
+    for target, tile in zip(pixels, tiles, strict=True):
+        target[:] = tile.transpose(2, 0, 1)
+    return torch.from_numpy(pixels)
 
 
 def _without_padding(boxes: Tensor, height: int, width: int) -> Tensor:

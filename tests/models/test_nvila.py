@@ -6,6 +6,7 @@ step, and shares no code with the package.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -727,3 +728,60 @@ def test_a_clip_takes_the_models_number_of_frames(tiny, tmp_path, name, frames_u
         assert session.sparsity.prefill == 0.0
         session.sparsity = None
         assert session.sparsity.prefill == video[0]
+
+
+# Long videos --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_video() -> Any:
+    """benchmarks/long_video.py, whose model and estimate are held to here at a size that a test can pay."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "long_video.py"
+    spec = importlib.util.spec_from_file_location("long_video", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("policy", ["dense", "sparse"])
+def test_256_frames_in_bounded_steps(long_video, tmp_path, policy, monkeypatch):
+    """The tower never sees more than four frames, the decoder never more rows than a chunk; a second turn no frame."""
+    long_video.write_model(tmp_path / "model", image_size=28, patch_size=7)
+    clip = write_clip(tmp_path / "clip.mp4", frames=256)
+    with Engine.load(tmp_path / "model", device="cpu", dtype="float32") as engine:
+        seen: dict[str, list[int]] = {"frames": [], "rows": []}
+        engine.model.vision_tower.register_forward_pre_hook(lambda _, args: seen["frames"].append(len(args[0])))
+        layer = engine.model.decoder.layer(0)
+        project = layer.project
+        monkeypatch.setattr(layer, "project", lambda x, *rest: seen["rows"].append(len(x)) or project(x, *rest))
+        session = engine.session(media=[replace(clip, frames=256)], sparsity=long_video.POLICIES[policy])
+        first = session.ask("What happens?", params=SamplingParams(max_new_tokens=3)).stats
+        assert first.visual_tokens_total == 1024
+        assert first.structural_tokens == 256
+        assert first.visual_tokens_kept == (1024 if policy == "dense" else 256)
+        assert sum(seen["frames"]) == 256
+        assert max(seen["frames"]) == 4
+        assert max(seen["rows"]) <= engine.runner.chunk_tokens < 1024 + 256
+        assert session.ask("And then?", params=SamplingParams(max_new_tokens=3)).stats.encode_s == 0
+        assert sum(seen["frames"]) == 256
+
+
+def test_the_estimate_of_longvila_7b(long_video):
+    """By the engine's own bookkeeping; the parts are what the sizes of the model say."""
+    dense, sparse = long_video.POLICIES["dense"], long_video.POLICIES["sparse"]
+    found = long_video.estimate(256, "24GB", quantised=True, sparsity=sparse)
+    assert found["visual_tokens"] == 65_536
+    assert found["structural_tokens"] == 256
+    assert found["fits"] == {"24GB": True}
+    entry = 28 * 2 * 4 * 128 * 2  # bytes of a position: layers, keys and values, heads, head_dim, bfloat16
+    least = (16_384 + 1_638 + 256) * entry
+    assert least <= found["cache_bytes"] <= 1.15 * least
+    assert found["feature_bytes"] == 65_792 * 3584 * 2
+    assert 5.5e9 < found["weight_bytes"] < 7e9
+    assert long_video.estimate(256, "8GB", quantised=True, sparsity=dense)["fits"] == {"8GB": False}
+    whole = long_video.estimate(256, "24GB", quantised=False, sparsity=dense)
+    assert 2 * 7.5e9 < whole["weight_bytes"] < 2 * 8.5e9
+    assert whole["total_bytes"] < 24e9
+    assert found["total_bytes"] < 0.5 * whole["total_bytes"]
