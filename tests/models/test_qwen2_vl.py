@@ -34,7 +34,8 @@ from sparsevila.engine.config import Result
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.errors import ImageTooNarrow
-from sparsevila.models.checkpoint import Checkpoint
+from sparsevila.models.checkpoint import Checkpoint, ConfigReader
+from sparsevila.models.decoder import DecoderConfig
 from sparsevila.models.interface import Frames, Progress, TokenMap, VisualInputs
 from sparsevila.models.qwen2_vl import PixelLimits, Qwen2VL, Qwen2VLConfig, smart_resize, video_limits
 from sparsevila.models.registry import load_model
@@ -383,7 +384,7 @@ class TestSurvivors:
 
 # (H, W) -> resized (H, W) and tokens with the hub's limits, then with the class's.
 REAL_SIZES = {
-    (10, 10): (56, 56, 4, 4), (28, 28): (56, 56, 4, 4), (42, 70): (56, 56, 4, 4), (37, 53): (56, 84, 6, 6),
+    (10, 10): (56, 56, 4, 4), (28, 28): (56, 56, 4, 4), (42, 70): (56, 56, 4, 4), (70, 42): (56, 56, 4, 4), (37, 53): (56, 84, 6, 6),
     (100, 1000): (112, 1008, 144, 144), (480, 640): (476, 644, 391, 391), (720, 1280): (728, 1288, 1196, 1196),
     (1080, 1920): (1092, 1932, 2691, 1222), (4000, 3000): (4004, 2996, 15301, 1230), (28, 5600): (28, 5600, 200, 200),
 }  # fmt: skip
@@ -541,6 +542,13 @@ class TestConfig:
             assert config.vision.hidden_size == width
             assert config.tokens_per_second == (None if kind == "qwen2_vl" else 4)
             assert config.text.rope.sections == (16, 24, 24)
+
+    @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"])
+    def test_class_defaults_of_the_text_part(self, kind):
+        text = DecoderConfig.from_hf(ConfigReader({"model_type": kind}))
+        assert (text.hidden_size, text.intermediate_size, text.num_layers) == (8192, 29568, 80)
+        assert (text.num_heads, text.num_kv_heads, text.vocab_size) == (64, 8, 152064)
+        assert text.qkv_bias
 
     def test_hidden_size_of_the_first_generation_is_the_width_that_comes_out(self):
         vision = model_of(Folder(tiny_config("qwen2"))).config.vision
