@@ -20,7 +20,7 @@ import torch
 from oracles import write_clip
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
-from tiny_nvila import EXTRA_SHAPES, SHAPES, SPECIAL_IDS, SPECIALS, TinyNvila, write
+from tiny_nvila import EXTRA_SHAPES, SHAPES, SPECIAL_IDS, SPECIALS, Shape, TinyNvila, write
 from tiny_qwen import tokenizer_json
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +33,10 @@ from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, Progress, Special, VisualTokens
 from sparsevila.models.nvila import Nvila, NvilaConfig, QwenPrompt
 from sparsevila.models.registry import build_model, load_model
+from sparsevila.quant.awq import quantise_int4
+from sparsevila.quant.compressed_format import write_int_quantized, write_pack_quantized
+from sparsevila.quant.linear import LinearLayer
+from sparsevila.quant.smoothquant import quantise_int8
 
 CPU = torch.device("cpu")
 ALL = {**SHAPES, **EXTRA_SHAPES}
@@ -728,6 +732,85 @@ def test_a_clip_takes_the_models_number_of_frames(tiny, tmp_path, name, frames_u
         assert session.sparsity.prefill == 0.0
         session.sparsity = None
         assert session.sparsity.prefill == video[0]
+
+
+# Quantised folders --------------------------------------------------------------------------------------------------
+
+# so400m's heads of 72 channels and an MLP like 4304 that neither 8 nor 32 divides; groups of 32 fit the decoder.
+WIDE = Shape(
+    vision=dict(hidden_size=144, intermediate_size=269, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+                patch_size=7),
+    text={**SHAPES["longvila"].text}, top={"image_aspect_ratio": "resize"},
+)  # fmt: skip
+
+
+def int4(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    weight = quantise_int4(matrix, 32, symmetric=True, scale_dtype=torch.float32)
+    return write_pack_quantized(weight, symmetric=True), weight.dequantise()
+
+
+def int8(matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    weight = quantise_int8(matrix)
+    return write_int_quantized(weight), weight.dequantise()
+
+
+def quantise_folder(source: Path, packed: Path, dense: Path, bits: int) -> None:
+    """Writes a sub-model's linear layers as codes to `packed`, and what they stand for to `dense`."""
+    codes, values = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        layer, _, suffix = name.rpartition(".")
+        codes[name] = values[name] = tensor
+        if suffix == "weight" and layer.endswith(("_proj", "fc1", "fc2")):
+            stored, values[name] = (int4 if bits == 4 else int8)(tensor)
+            del codes[name]
+            codes.update({f"{layer}.{part}": t for part, t in stored.items()})
+    save_file(codes, packed / "model.safetensors")
+    save_file(values, dense / "model.safetensors")
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel"}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if bits == 4:
+        weights.update(strategy="group", group_size=32)
+    else:
+        group["input_activations"] = {**weights, "strategy": "token", "dynamic": True}
+    form = "pack-quantized" if bits == 4 else "int-quantized"
+    quantisation = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+                    "ignore": ["lm_head"]}  # fmt: skip
+    edit(packed / "config.json", quantization_config=quantisation)
+
+
+def test_parts_that_were_quantised_by_themselves(tmp_path):
+    """A W4A16 language model and a W8A8 tower, each with the config that its own tool wrote."""
+    tiny = write(tmp_path / "source", WIDE)
+    packed, dense = copied(tiny, tmp_path / "packed"), copied(tiny, tmp_path / "dense")
+    for name, bits in (("llm", 4), ("vision_tower", 8)):
+        quantise_folder(tiny.folder / name, packed / name, dense / name, bits)
+    model, plain = load(packed), load(dense)
+    kinds = {type(layer).__name__ for layer in model.decoder.layers.modules() if isinstance(layer, LinearLayer)}
+    assert kinds == {"W4A16Linear"}
+    assert {type(layer.mlp.fc2).__name__ for layer in model.tower.blocks} == {"W8A8Linear"}
+    assert model.tower.layer(0).self_attn.out_proj.in_features // 2 == 72
+    item = frames(3, 24, 64, kind="video")
+    with torch.inference_mode():
+        seen, want = (m.encode(m.preprocess(item)) for m in (model, plain))
+        visual = ~want.token_map.structural
+        cosine = float(F.cosine_similarity(seen.features.flatten(), want.features.flatten(), dim=0))
+        assert 0.99 < cosine < 1 - 1e-6  # inputs are rounded to 8 bits
+        assert float(torch.corrcoef(torch.stack([seen.saliency[visual], want.saliency[visual]]))[0, 1]) > 0.99
+        logits = []
+        for m in (model, plain):
+            runner = Runner(m)
+            cache = runner.new_cache()
+            cache.reserve(visual=100, text=100)
+            spans: list[Span] = [TEXT_A, VisualSpan(want), TEXT_C]
+            logits.append(runner.logits(runner.prefill(cache, spans, method=Method()).hidden))
+    assert relative(*logits) < 1e-4
+    with Engine.load(packed, device="cpu", dtype="float32") as engine:
+        assert engine.info.scheme == "W8A8 / W4A16 / float32"
+        session = engine.session(media=[Image(frames(30, 40).rgb[0])])
+        assert session.ask("What is it?", params=SamplingParams(max_new_tokens=5)).stats.output_tokens == 5
+    edit(packed / "llm" / "config.json", quantization_config=...)
+    with pytest.raises(CorruptCheckpoint, match="no quantization_config"):
+        load(packed)
 
 
 # Long videos --------------------------------------------------------------------------------------------------------
