@@ -62,12 +62,18 @@ class PixelLimits:
 
     @staticmethod
     def from_hf(pre: ConfigReader, default: PixelLimits) -> PixelLimits:
-        """`min_pixels` and `max_pixels`, in newer files also `size.shortest_edge` and `size.longest_edge`."""
+        """`min_pixels` and `max_pixels`, or those of `size`, where they may be called `shortest_` and `longest_edge`."""
         size = pre.sub("size", required=False)
-        least = size.get_int("shortest_edge", default=default.least)
-        most = size.get_int("longest_edge", default=default.most)
-        least = pre.get_int("min_pixels", default=least, none_ok=True) or least
-        most = pre.get_int("max_pixels", default=most, none_ok=True) or most
+
+        def area(name: str, edge: str, default: int) -> int:
+            for reader, key in ((pre, name), (size, edge), (size, name)):
+                value = reader.get_int(key, default=None, none_ok=True)
+                if value is not None:
+                    return value
+            return default
+
+        least = area("min_pixels", "shortest_edge", default.least)
+        most = area("max_pixels", "longest_edge", default.most)
         if least > most:
             pre.fail(("min_pixels", "size"), f"at most the largest area, {most}")
         return PixelLimits(least, most)

@@ -567,6 +567,10 @@ class TestConfig:
         assert config.image_limits == PixelLimits(4 * 784, 64 * 784)
         assert config.video_limits == PixelLimits(5 * 784, 20 * 784)
 
+    def test_limits_within_size_by_their_own_names(self):
+        pre = {"size": {"min_pixels": 4 * 784, "max_pixels": 9 * 784}, "max_pixels": None}
+        assert model_of(Folder(TINY_25, preprocessor_config=pre)).config.image_limits == PixelLimits(4 * 784, 9 * 784)
+
     @pytest.mark.parametrize(
         ("changes", "files", "message"),
         [
@@ -755,20 +759,20 @@ class TestConversations:
         assert first.token_ids == second.token_ids
         assert plain._cache.next_position == changed._cache.next_position
 
-    def test_a_clip_may_take_more_positions_than_tokens(self, qwens, tmp_path):
+    def test_a_clip_may_take_more_positions_than_tokens(self, engines, monkeypatch, tmp_path):
         """Two seconds a pair of frames at two positions a second, a token of each: too long, whatever the limit."""
         clip = replace(write_clip(tmp_path / "slow.mp4", frames=12, fps=1), frames=12)
-        fits = []
+        engine, fits = engines["qwen2.5"], []
         for context in range(70, 100):
-            with Engine.load(qwens["qwen2.5"].folder, device="cpu", dtype="float32", max_context=context) as engine:
-                session = engine.session(media=[clip], sparsity=Sparsity(0.9, 0.0))
-                try:
-                    session.ask("What?", params=SamplingParams(max_new_tokens=3))
-                except ContextTooLong:
-                    assert session.history == ()
-                else:
-                    fits.append(context)
-                    assert session._cache.next_position <= context
+            monkeypatch.setattr(engine, "max_context", context)
+            session = engine.session(media=[clip], sparsity=Sparsity(0.9, 0.0))
+            try:
+                session.ask("What?", params=SamplingParams(max_new_tokens=3))
+            except ContextTooLong:
+                assert session.history == ()
+            else:
+                fits.append(context)
+                assert session._cache.next_position <= context
         tokens = sum(len(layer.segment()[0][0]) for layer in (session._cache.visual[0], session._cache.text[0]))
         assert fits == [*range(fits[0], 100)]
         assert tokens + 3 < fits[0] == session._cache.next_position - 2  # where it has one token, and here three

@@ -21,10 +21,12 @@ from sparsevila.engine.runner import Runner, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, VisualTokens
-from sparsevila.models.qwen2_vl import rename
+from sparsevila.models.qwen2_vl import Qwen2VL, rename
 from sparsevila.models.registry import load_model
+from sparsevila.models.weights import _slots
 from sparsevila.quant.formats import by_layer, detect, read_layer
 from sparsevila.quant.linear import LinearLayer, W8A8Linear
+from sparsevila.quant.plan import matrices_of
 from sparsevila.quant.quantization_config import parse_quantization_config
 from sparsevila.quant.stored_layer import StoredLayer
 
@@ -117,6 +119,67 @@ class TestNames:
         rewrite(folder, change)
         with pytest.raises(CorruptCheckpoint, match=message):
             load(folder)
+
+
+# As the hub has them, but for the numbers of layers; the last is cut down as the published AWQ folders are.
+MROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+HUB: dict[str, dict[str, Any]] = {
+    "Qwen2-VL-2B": {
+        "model_type": "qwen2_vl", "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+        "vision_config": {"depth": 2, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+                          "hidden_size": 1536, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    },
+    "Qwen2-VL-7B": {
+        "model_type": "qwen2_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "vision_config": {"depth": 2, "hidden_size": 3584},
+    },
+    "Qwen2.5-VL-7B": {
+        "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064,
+        "vision_config": {"depth": 8, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
+                          "num_heads": 16, "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14,
+                          "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+                          "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2},
+    },
+    "Qwen2.5-VL-32B-AWQ": {
+        "model_type": "qwen2_5_vl", "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
+        "num_key_value_heads": 8, "vocab_size": 152064,
+        "vision_config": {"hidden_size": 1280, "in_chans": 3, "intermediate_size": 3456, "model_type": "qwen2_5_vl",
+                          "out_hidden_size": 5120, "spatial_patch_size": 14, "tokens_per_second": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_real_sizes_have_the_tensors_of_transformers(name):
+    """Names and shapes of every tensor, of the real widths and two layers, without their values."""
+    import transformers
+
+    architecture = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[HUB[name]["model_type"]]
+    values = {
+        **HUB[name],
+        **MROPE,
+        "num_hidden_layers": 2,
+        "architectures": [f"{architecture}ForConditionalGeneration"],
+    }
+    hf_class = getattr(transformers, f"{architecture}ForConditionalGeneration")
+
+    class Folder:
+        config = values
+
+        def read_json(self, _: str) -> None:
+            return None
+
+    with torch.device("meta"):
+        theirs = hf_class(hf_class.config_class.from_dict(values))
+        ours = Qwen2VL.from_checkpoint(Folder())  # type: ignore[arg-type]
+    want = {rename(key): tuple(p.shape) for key, p in theirs.named_parameters()}
+    found = {key: slot.shape for key, slot in _slots(ours).items()}
+    found.update({f"{key}.weight": shape for key, _, _, shape in matrices_of(ours)})
+    if HUB[name].get("tie_word_embeddings"):
+        assert found.pop("language_model.lm_head.weight") == want["language_model.embed_tokens.weight"]
+    assert found == want
 
 
 class TestTiedHead:
