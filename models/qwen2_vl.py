@@ -62,7 +62,7 @@ class PixelLimits:
 
     @staticmethod
     def from_hf(pre: ConfigReader, default: PixelLimits) -> PixelLimits:
-        """`min_pixels` and `max_pixels`, or those of `size`, where they may be called `shortest_` and `longest_edge`."""
+        """`min_pixels` and `max_pixels`, or those of `size`, there also `shortest_` and `longest_edge`."""
         size = pre.sub("size", required=False)
 
         def area(name: str, edge: str, default: int) -> int:
