@@ -55,6 +55,7 @@ class W4A16Layout:
     rest: tuple[int, ...] = ()
     symmetric: bool = False  # all zeros are 8: z is 0
     words: bool = False
+    lop3: bool = False  # words that the kernel's form with assembly was seen to multiply rightly
 
     @property
     def tiled(self) -> bool:
@@ -197,12 +198,23 @@ def _check(
 def _pack_words(
     codes: Tensor, scales: Tensor, zeros: Tensor, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor, W4A16Layout]:
-    from .gpu.int4_linear import pack_scales, pack_words
+    from .gpu.int4_linear import lop3_agrees, pack_scales, pack_words
 
     size = max(1, _BLOCK_ENTRIES // in_features)  # rows that are unpacked at a time
     words = torch.cat([pack_words(unpack_nibbles(part, in_features)) for part in codes.split(size)])
-    layout = W4A16Layout(in_features, group_size, symmetric=bool((zeros == 8).all()), words=True)
-    return words, *pack_scales(scales, zeros, in_features, group_size), layout
+    symmetric = bool((zeros == 8).all())
+    scales, zeros = pack_scales(_narrowed(scales), zeros, in_features, group_size)
+    lop3 = words.is_cuda and lop3_agrees(words, scales, zeros, group_size, in_features)
+    return words, scales, zeros, W4A16Layout(in_features, group_size, symmetric=symmetric, words=True, lop3=lop3)
+
+
+def _narrowed(scales: Tensor) -> Tensor:
+    """The same numbers in 16 bits, if they came from there."""
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = scales.to(dtype)
+        if torch.equal(narrow.float(), scales.float()):
+            return narrow
+    return scales
 
 
 def _by_words(
@@ -215,7 +227,7 @@ def _by_words(
         raise ValueError(f"expected x (..., {K}) of floats, got {tuple(x.shape)} {x.dtype}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
-    out = int4_linear(x.reshape(-1, K).contiguous(), words, scales, zeros, layout.group_size, bias)
+    out = int4_linear(x.reshape(-1, K).contiguous(), words, scales, zeros, layout.group_size, bias, lop3=layout.lop3)
     return out.reshape(*x.shape[:-1], N)
 
 

@@ -2,15 +2,18 @@
 
     out[t, n] = sum_g s[g, n] * ( sum_{k in g} (OFF + q[n, k]) * x[t, k]  -  (OFF + z[g, n]) * X[g, t] )
 
-Few tokens: weights are the left operand of the products. A word holds eight codes that lie 16 inputs apart, so the i-th
-nibble of 16 words is a plane of 16 inputs in order, and one `tl.dot` multiplies it; or-ed into the mantissa of a magic
+Few tokens: weights are the left operand of the products. A word holds eight codes, of which the i-th of the lower half
+and the i-th of the upper half belong to neighbouring inputs: one shift, one `and` and one `or` on the whole word make
+both of them numbers, side by side in one register as the tensor cores want them. Or-ed into the mantissa of a magic
 number a code is the number OFF + q, exactly (OFF 1024 in float16, 128 in bfloat16). Nothing is converted, no weight
 passes through shared memory, the scale is applied to the sum of a group, and the offset is taken back through X[g, t],
 the sum of the group's inputs. Programs split the inputs; a second kernel adds their parts in order: no atomics.
+`and` and `or` are one instruction, lop3, that the compiler does not form by itself where both constants stand in the
+code. It is asked for in assembly where `lop3_agrees` found it to compute the same on the device at hand.
 Many tokens: the matrix is dequantised into scratch memory and cuBLAS multiplies, which beats a fused kernel.
 
-Word layout: w int32 (N, P / 8), P the inputs padded to whole blocks of 128; of block b, word t = 0..15, nibble j = 0..7
-    w[n, 16 b + t] bits 4 j .. 4 j + 3  =  q[n, 128 b + 16 j + t]
+Word layout: w int32 (N, P / 8), P the inputs padded to whole blocks of 128; of block b, word t = 0..15, i = 0..3
+    w[n, 16 b + t]  bits 4 i .. 4 i + 3  =  q[n, 128 b + 32 i + 2 t],  bits 4 i + 16 .. 4 i + 19  =  q[n, the next k]
 Sizes: T tokens, N outputs, K inputs, g group size (32, 64 or 128), G groups.
 """
 
@@ -32,24 +35,29 @@ FEW_TOKENS = 64  # beyond, dequantising once costs less: to be measured
 _OUTPUTS = 64  # of a program that dequantises
 _WARPS, _STAGES = 4, 4
 _PROGRAMS = 256  # that are wanted at least: three for each of 84 multiprocessors
-_MAGIC = {torch.float16: (0x6400, 1024), torch.bfloat16: (0x4300, 128)}  # or-ed with q: the number behind, plus q
+_MAGIC = {torch.float16: (0x64006400, 1024), torch.bfloat16: (0x43004300, 128)}  # or-ed with q: the offset plus q
+_LOP3 = "lop3.b32 $0, $1, 0x000F000F, {:#010x}, 0xEA;"  # (a & b) | c
+_CHECKED_TOKENS = 16
 
 
 def pack_words(codes: Tensor) -> Tensor:
     """codes (N, K) of 0..15 -> (N, P / 8) int32; the padding holds 8, and meets inputs that are 0."""
     N, K = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -K % BLOCK), value=8)
-    planes = padded.view(N, -1, 8, 16).to(torch.int64)  # block, nibble, word
-    shifts = torch.arange(0, 32, 4, device=codes.device)[:, None]
-    words = (planes << shifts).sum(dim=2)  # below 2^32
+    pairs = padded.view(N, -1, 4, 16, 2).to(torch.int64)  # block, i, word, half
+    words = (pairs << _shifts(codes.device)).sum(dim=(2, 4))  # below 2^32
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(1)
 
 
 def unpack_words(words: Tensor, in_features: int) -> Tensor:
     """The codes (N, K) uint8 of `pack_words`."""
-    shifts = torch.arange(0, 32, 4, device=words.device)[:, None]
-    codes = (words.view(words.shape[0], -1, 1, 16) >> shifts) & 15
-    return codes.flatten(1)[:, :in_features].to(torch.uint8)
+    pairs = (words.view(words.shape[0], -1, 1, 16, 1) >> _shifts(words.device)) & 15
+    return pairs.flatten(1)[:, :in_features].to(torch.uint8)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """Where the codes of a word lie, (4, 1, 2): by i and half."""
+    return (torch.arange(0, 16, 4, device=device)[:, None] + torch.arange(0, 32, 16, device=device))[:, None]
 
 
 def pack_scales(scales: Tensor, zeros: Tensor, in_features: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -60,19 +68,39 @@ def pack_scales(scales: Tensor, zeros: Tensor, in_features: int, group_size: int
 
 
 def int4_linear(
-    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None, *, lop3: bool = False
 ) -> Tensor:
     """x (T, K) contiguous; words (N, P / 8) int32; scales (G, N) of floats and
-    zeros (G, N) uint8 as `pack_scales` makes them; bias (N,) or None -> (T, N) in x's dtype, accumulated in float32."""
+    zeros (G, N) uint8 as `pack_scales` makes them; bias (N,) or None -> (T, N) in x's dtype, accumulated in float32.
+    `lop3`: `lop3_agrees` was true of this matrix."""
     if x.shape[0] > FEW_TOKENS or x.dtype not in _MAGIC:
         weight = dequantised(words, scales, zeros, group_size, x.shape[1], x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return few_tokens(x, words, scales, zeros, group_size, bias)
+    return few_tokens(x, words, scales, zeros, group_size, bias, lop3=lop3)
 
 
-def few_tokens(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None) -> Tensor:
-    """As `int4_linear`, by the planes, for at most `FEW_TOKENS` of float16 or bfloat16."""
+def lop3_agrees(words: Tensor, scales: Tensor, zeros: Tensor, group_size: int, in_features: int) -> bool:
+    """Whether the form with assembly gives on this device, bit for bit, what the portable one does, for this matrix.
+
+    Waits for the device; asked once, when a layer is loaded.
+    """
+    for dtype in _MAGIC:
+        x = torch.randn(
+            _CHECKED_TOKENS, in_features, generator=torch.Generator(words.device).manual_seed(0), device=words.device
+        ).to(dtype)
+        found = [few_tokens(x, words, scales, zeros, group_size, None, lop3=lop3) for lop3 in (False, True)]
+        if not torch.equal(*found):
+            return False
+    return True
+
+
+def few_tokens(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None, *, lop3: bool = False
+) -> Tensor:
+    """As `int4_linear`, for at most `FEW_TOKENS` of float16 or bfloat16."""
     (T, K), (N, G) = x.shape, (words.shape[0], scales.shape[0])
+    if T == 0:
+        return torch.empty(0, N, dtype=x.dtype, device=x.device)
     tokens = token_block(T)
     blocks = words.shape[1] // 16
     rows = torch.empty(tokens, blocks * BLOCK, dtype=x.dtype, device=x.device)
@@ -82,9 +110,9 @@ def few_tokens(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, group_si
     splits = num_splits(N, blocks, outputs)
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     part = torch.empty(splits, T, N, dtype=torch.float32, device=x.device)
-    _planes[(triton.cdiv(N, outputs), splits)](
+    _pairs[(triton.cdiv(N, outputs), splits)](
         rows, words, scales, zeros, sums, part, T, N, blocks, triton.cdiv(blocks, splits),
-        **_constants(x.dtype, group_size, tokens), num_warps=_WARPS, num_stages=_STAGES,
+        **_constants(x.dtype, group_size, tokens, lop3), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     _add_parts[(triton.cdiv(N, _ADDED), T)](
         part, out if bias is None else bias, out, T, N, splits, HAS_BIAS=bias is not None, WIDTH=_ADDED,
@@ -130,11 +158,12 @@ def variants() -> Iterator[Variant]:
         for group_size in GROUP_SIZES:
             for tokens in (16, 32, 64):
                 types = {"rows": f"*{name}"} | matrix | {"sums": "*fp32", "part": "*fp32"} | sizes
-                yield Variant(
-                    f"int4_linear g={group_size} tokens={tokens} {name}", _planes, types,
-                    _constants(dtype, group_size, tokens), _WARPS, _STAGES,
-                    frozenset({"rows", *matrix, "sums", "part", "N"}), entries=output_block(tokens) * BLOCK,
-                )  # fmt: skip
+                for lop3 in (False, True):
+                    yield Variant(
+                        f"int4_linear{' lop3' if lop3 else ''} g={group_size} tokens={tokens} {name}", _pairs, types,
+                        _constants(dtype, group_size, tokens, lop3), _WARPS, _STAGES,
+                        frozenset({"rows", *matrix, "sums", "part", "N"}), entries=output_block(tokens) * BLOCK,
+                    )  # fmt: skip
                 yield Variant(
                     f"int4_linear pad and sum g={group_size} tokens={tokens} {name}", _pad_and_sum,
                     {"x": f"*{name}", "rows": f"*{name}", "sums": "*fp32", "T": "i32", "K": "i32", "blocks": "i32"},
@@ -153,53 +182,63 @@ def variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _constants(dtype: torch.dtype, group_size: int, tokens: int) -> dict[str, int]:
+def _constants(dtype: torch.dtype, group_size: int, tokens: int, lop3: bool) -> dict[str, int | str]:
     magic, offset = _MAGIC[dtype]
     return {
         "GROUP": group_size, "TOKENS": tokens, "OUTPUTS": output_block(tokens), "MAGIC": magic, "OFFSET": offset,
+        "LOP3": _LOP3.format(magic) if lop3 else "",
     }  # fmt: skip
 
 
 @triton.jit
 def _pad_and_sum(x, rows, sums, T, K, blocks, GROUP: tl.constexpr, TOKENS: tl.constexpr):
-    """Inputs with zeros behind the last token and the last input, so that `_planes` needs no mask; sums of groups."""
+    """Inputs with zeros behind the last token and the last input, so that `_pairs` needs no mask; sums of groups."""
     group = tl.program_id(0)
     t = tl.arange(0, TOKENS)
     k = group * GROUP + tl.arange(0, GROUP)
     inputs = tl.load(x + t[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
-    tl.store(rows + t[:, None] + k[None, :] * TOKENS, inputs)
+    tl.store(rows + t[:, None] * (blocks * 128) + k[None, :], inputs)
     tl.store(sums + group * TOKENS + t, tl.sum(inputs.to(tl.float32), axis=1))
 
 
 @triton.jit
-def _planes(
+def _pairs(
     rows, words, scales, zeros, sums, part, T, N, blocks, blocks_each,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, MAGIC: tl.constexpr, OFFSET: tl.constexpr,
+    LOP3: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     own = tl.minimum(n, N - 1)  # behind the last output: read again, never stored
     t = tl.arange(0, TOKENS)
     i = tl.arange(0, 16)
+    k = tl.arange(0, 32)
     first = split * blocks_each
     word_at = words + own[:, None].to(tl.int64) * (blocks * 16) + i[None, :] + first * 16
-    row_at = rows + i[:, None] * TOKENS + t[None, :] + first * (128 * TOKENS)  # (16, TOKENS): inputs by tokens
+    row_at = rows + t[:, None] * (blocks * 128) + k[None, :] + first * 128
     total = tl.zeros((OUTPUTS, TOKENS), tl.float32)
     for block in range(first, tl.minimum(first + blocks_each, blocks)):
         tile = tl.load(word_at)
         for part_of_block in tl.static_range(128 // GROUP):
             found = tl.zeros((OUTPUTS, TOKENS), tl.float32)
-            for step in tl.static_range(GROUP // 16):
-                plane = part_of_block * (GROUP // 16) + step
-                codes = (((tile >> (4 * plane)) & 0xF) | MAGIC).to(tl.int16).to(rows.dtype.element_ty, bitcast=True)
-                found = tl.dot(codes, tl.load(row_at + plane * (16 * TOKENS)), acc=found)
+            for step in tl.static_range(GROUP // 32):
+                place = part_of_block * (GROUP // 32) + step
+                shifted = tile >> (4 * place)
+                if LOP3 == "":
+                    both = (shifted & 0x000F000F) | MAGIC
+                else:
+                    both = tl.inline_asm_elementwise(LOP3, "=r,r", [shifted], tl.int32, is_pure=True, pack=1)
+                low = both.to(tl.int16).to(rows.dtype.element_ty, bitcast=True)
+                high = (both >> 16).to(tl.int16).to(rows.dtype.element_ty, bitcast=True)
+                codes = tl.join(low, high).reshape(OUTPUTS, 32)  # already side by side: moves nothing
+                found = tl.dot(codes, tl.trans(tl.load(row_at + place * 32)), acc=found)
             group = block * (128 // GROUP) + part_of_block
             scale = tl.load(scales + group * N + own).to(tl.float32)
             shift = tl.load(zeros + group * N + own).to(tl.float32) + OFFSET
             sum_x = tl.load(sums + group * TOKENS + t)
             total += scale[:, None] * (found - shift[:, None] * sum_x[None, :])
         word_at += 16
-        row_at += 128 * TOKENS
+        row_at += 128
     at = part + (split * T + t[None, :]).to(tl.int64) * N + n[:, None]
     tl.store(at, total, mask=(n < N)[:, None] & (t < T)[None, :])
 
@@ -226,13 +265,16 @@ def _dequantise(
     tile = tl.load(
         words + n[:, None].to(tl.int64) * (blocks * 16) + block * 16 + i[None, :], mask=(n < N)[:, None], other=0
     )
-    for plane in tl.static_range(8):
-        k = block * 128 + plane * 16
+    column = tl.arange(0, 32)
+    for place in tl.static_range(4):
+        k = block * 128 + place * 32
         group = k // GROUP
         real = (n < N) & (k < K)
         scale = tl.load(scales + group * N + n, mask=real, other=0.0).to(tl.float32)
         zero = tl.load(zeros + group * N + n, mask=real, other=0).to(tl.float32)
-        codes = ((tile >> (4 * plane)) & 0xF).to(tl.float32)
+        low = (tile >> (4 * place)) & 0xF
+        high = (tile >> (4 * place + 16)) & 0xF
+        codes = tl.join(low, high).reshape(OUTPUTS, 32).to(tl.float32)
         weight = (codes - zero[:, None]) * scale[:, None]
-        at = out + n[:, None].to(tl.int64) * K + k + i[None, :]
-        tl.store(at, weight.to(out.dtype.element_ty), mask=(n < N)[:, None] & (i < K - k)[None, :])
+        at = out + n[:, None].to(tl.int64) * K + k + column[None, :]
+        tl.store(at, weight.to(out.dtype.element_ty), mask=(n < N)[:, None] & (column < K - k)[None, :])

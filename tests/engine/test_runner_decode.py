@@ -296,7 +296,7 @@ class TestOnAGpu:
         kernels = [line.split()[0] for line in calls[0][0]]
         assert kernels.count("_rope_append") == kernels.count("_attend") == CONFIG.num_layers
         assert kernels.count("_rms_norm") == 2 * CONFIG.num_layers + 1
-        assert ("_planes" in kernels) == (bits == 4)
+        assert ("_pairs" in kernels) == (bits == 4)
         assert ("_int8_linear" in kernels) == (bits == 8)
         assert len(calls[0][1]) > 0
 

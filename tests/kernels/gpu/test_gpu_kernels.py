@@ -346,11 +346,13 @@ class TestInt4:
         codes, scales, zeros = self.matrix(64, 512, 64, device)
         x = rand(4, 512, dtype=torch.float16, device=device).double()
         want = x @ self.dense(codes, scales, zeros, 64).t()
-        swapped = codes.view(64, -1, 8, 16).flip(2).flatten(1)
+        swapped = codes.view(64, -1, 4, 16, 2).flip(2).flatten(1)
+        halves = codes.view(64, -1, 2).flip(2).flatten(1)
         mistakes = {
             "no zero point": self.dense(codes, scales, zeros * 0, 64),
             "zero point off by one": self.dense(codes, scales, zeros + 1, 64),
             "nibbles reversed": self.dense(swapped, scales, zeros, 64),
+            "halves exchanged": self.dense(halves, scales, zeros, 64),
             "group off by one": self.dense(codes, scales.roll(1, dims=1), zeros, 64),
             "last block left out": self.dense(codes, scales, zeros, 64) * (torch.arange(512, device=device) < 384),
         }
@@ -363,6 +365,7 @@ class TestInt4:
         words = pack_words(codes)
         assert torch.equal(unpack_words(words, K).long(), codes)
         if K == 300:
-            block, word, nibble = 1, 5, 3
-            k = 128 * block + 16 * nibble + word
-            assert torch.equal((words[:, 16 * block + word] >> (4 * nibble)) & 15, codes[:, k].int())
+            block, word, i = 1, 5, 3
+            k = 128 * block + 32 * i + 2 * word
+            for half in (0, 1):
+                assert torch.equal((words[:, 16 * block + word] >> (4 * i + 16 * half)) & 15, codes[:, k + half].int())
