@@ -320,7 +320,11 @@ class Nvila(ContiguousPositions, nn.Module):
     # Preprocessing
 
     def preprocess(self, frames: Frames) -> VisualInputs:
-        """Pixels to tiles (image) or frames (video), uint8, and the map of their tokens."""
+        """Pixels to tiles (image) or frames (video), uint8, and the map of their tokens.
+
+        In the dynamic modes every image is cut into tiles. Upstream does so for the only image of a conversation and
+        shows each of several in one tile; here an image is what it is, whatever else a session holds or once held.
+        """
         if frames.kind == "video" or self.config.aspect in ("resize", "pad"):
             return self._one_tile_each(frames)
         height, width = frames.rgb.shape[1:3]
