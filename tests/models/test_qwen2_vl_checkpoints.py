@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsevila import CorruptCheckpoint, Engine, Image, SamplingParams
 from sparsevila.engine.quantise import QuantSettings, quantise_checkpoint
-from sparsevila.engine.runner import Runner, TextSpan, VisualSpan
+from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, VisualTokens
@@ -31,6 +31,7 @@ from sparsevila.quant.quantization_config import parse_quantization_config
 from sparsevila.quant.stored_layer import StoredLayer
 
 HEAD = "lm_head.weight"
+AWQ_FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "qwen" / "awq"
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +322,28 @@ def test_awq_folder_of_the_hub_with_its_list_of_exceptions(quantised, tmp_path):
         model = load(folder)
         assert kinds(model, "visual") == {"Linear"}
         assert torch.equal(encode(model).features, want)
+
+
+@torch.inference_mode()
+def test_a_folder_that_autoawq_wrote(tmp_path):
+    """Against its own dequantised matrices in its own version of `transformers` (tests/models/oracles/awq_qwen.py)."""
+    folder = Path(shutil.copytree(AWQ_FOLDER, tmp_path / "copy"))
+    write_files(folder)
+    shutil.copy(AWQ_FOLDER / "preprocessor_config.json", folder)
+    (folder / "video_preprocessor_config.json").unlink()
+    want = load_file(folder / "answer.safetensors")
+    (folder / "answer.safetensors").unlink()
+    model = load(folder)
+    assert kinds(model, "language_model.layers") == {"W4A16Linear"}
+    assert kinds(model, "visual") == {"Linear"}
+    rgb = want["noise"].numpy()[None]
+    seen = model.encode(model.preprocess(Frames("image", rgb, np.zeros(1), "<test>", 0.0, key="noise")))
+    before, after = (tuple(want[key].tolist()) for key in ("before", "after"))
+    runner = Runner(model)
+    cache = runner.new_cache()
+    cache.reserve(visual=len(seen), text=40)
+    spans: list[Span] = [TextSpan(before), VisualSpan(seen), TextSpan(after[:1])]
+    for position, row in enumerate(want["logits"]):
+        got = runner.logits(runner.prefill(cache, spans, method=Method()).hidden)
+        assert relative(got, row) < 1e-4
+        spans = [TextSpan(after[position + 1 : position + 2])]
