@@ -81,6 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     sparsity = parser.add_argument_group("sparsity")
     commands.add_options(sparsity, ("sparsity",))
     sparsity.add_argument("--dense", action="store_true", help="both sparsities 0")
+    sparsity.add_argument(
+        "--positions",
+        choices=["regrid", "original", "contiguous"],
+        help="of multimodal RoPE: where tokens that survive pruning are placed",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="auto|cuda:0|cpu")
     machine.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -255,6 +260,7 @@ def run_chat(args: argparse.Namespace, screen: terminal.Screen, load: Callable[.
             offline=args.offline,
             quantised=args.quantize == "auto",
             w4a8=args.w4a8,
+            positions=args.positions,
             progress=screen.progress,
         )
 

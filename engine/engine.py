@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from ..errors import Closed, InsufficientMemory, InvalidRequest
+from ..errors import Closed, EngineDead, InsufficientMemory, InvalidRequest
 from ..models.checkpoint import Checkpoint, TensorInfo
 from ..models.interface import MediaKind, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
 from ..models.registry import load_model
@@ -28,7 +28,7 @@ from .meter import Meter
 from .prompt import check_media_tokens
 from .runner import Runner
 from .session import Session
-from .shortage import out_of_memory, shortage
+from .shortage import device_failure, out_of_memory, shortage
 from .sparsity.registry import auto_sparsity
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -59,6 +59,7 @@ class Engine:
         self.runner = Runner(model)
         self.device_lock = threading.RLock()  # device work of all sessions goes one after the other
         self.closed = False
+        self.dead = False  # the device failed for good
         self._sparsity = sparsity
         self._max_memory_bytes = max_memory_bytes
         self._features: OrderedDict[str, VisualTokens] = OrderedDict()
@@ -76,6 +77,7 @@ class Engine:
         offline: bool = False,
         quantised: bool = True,
         w4a8: bool = False,
+        positions: str | None = None,
         progress: ProgressFn = no_progress,
     ) -> Engine:
         """Loads a checkpoint: a folder, an alias, or `hf:USER/REPO` that is on this machine. Never downloads.
@@ -85,6 +87,7 @@ class Engine:
         `sparsity` is the sessions' default, None: that of the kind of media. Of an alias or a repository the copy that
         was quantised on this machine is taken, unless `quantised` is False. `w4a8` lets 4-bit layers multiply in 8
         bits: more speed where a prompt is long, twice the memory for them, less accuracy (docs/quantisation.md).
+        `positions` "regrid", "original" or "contiguous" says where multimodal RoPE places what survives pruning.
         Raises ModelNotFound, UnsupportedModel, CorruptCheckpoint, InsufficientMemory or InvalidRequest.
         """
         start = time.perf_counter()
@@ -94,7 +97,7 @@ class Engine:
         chosen = _dtype(dtype, target)
         _check_weights_fit(checkpoint, chosen, limit, w4a8=w4a8)
         tokenizer = load_tokenizer(checkpoint)
-        loaded = _load(checkpoint, chosen, target, w4a8=w4a8, progress=progress)
+        loaded = _load(checkpoint, chosen, target, w4a8=w4a8, positions=positions, progress=progress)
         check_media_tokens(tokenizer, loaded)
         trained = loaded.decoder.config.max_context
         if max_context is not None and not (isinstance(max_context, int) and 1 <= max_context <= trained):
@@ -136,6 +139,7 @@ class Engine:
         progress: ProgressFn = no_progress,
     ) -> Session:
         """A new conversation, with media for its first question. Raises MediaError or InvalidRequest."""
+        self.check_alive()
         if self.closed:
             raise Closed("the engine is closed")
         session = Session(self, system=system, sparsity=sparsity or self._sparsity)
@@ -174,13 +178,31 @@ class Engine:
 
     # For the steps of a turn
 
+    def check_alive(self) -> None:
+        """Raises EngineDead if the device has failed in a way that a process cannot repair."""
+        if self.dead:
+            raise EngineDead(
+                "the GPU failed during earlier work, and this process can no longer use it",
+                hint="start a new process; if it fails again, look at the driver's log (dmesg, nvidia-smi -q)",
+            )
+
     @contextmanager
     def device_work(self) -> Iterator[None]:
-        """One session's work on weights and device at a time. Raises Closed if the engine was closed meanwhile."""
+        """One session's work on weights and device at a time.
+
+        Raises Closed if the engine was closed meanwhile, EngineDead if the device fails or has failed.
+        """
         with self.device_lock:
+            self.check_alive()
             if self.closed:
                 raise Closed("the engine is closed")
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                self.dead = device_failure(error)
+                if not self.dead:
+                    raise
+            self.check_alive()
 
     def encode(self, item: MediaItem, meter: Meter, progress: ProgressFn) -> VisualTokens:
         """The item's features: its own, those of equal content seen before, or the vision tower's."""
@@ -222,7 +244,8 @@ class Engine:
             free = self._max_memory_bytes - self.info.weight_bytes - WORKSPACE_BYTES - held
             if need > free:
                 raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
-        cache.reserve(visual=visual, text=text)
+        with self.device_work():
+            cache.reserve(visual=visual, text=text)
 
 
 def parse_bytes(value: int | str) -> int:
@@ -266,10 +289,16 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _load(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, w4a8: bool, progress: ProgressFn
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    w4a8: bool,
+    positions: str | None,
+    progress: ProgressFn,
 ) -> VisionLanguageModel:
     try:
-        return load_model(checkpoint, dtype=dtype, device=device, w4a8=w4a8, progress=progress)
+        return load_model(checkpoint, dtype=dtype, device=device, w4a8=w4a8, positions=positions, progress=progress)
     except (RuntimeError, MemoryError) as error:
         wanted = shortage(error)
         if wanted is None:

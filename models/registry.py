@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..errors import CorruptCheckpoint, UnsupportedModel
+from ..errors import CorruptCheckpoint, InvalidRequest, UnsupportedModel
 from ..quant.plan import QuantPlan
 from ..quant.quantization_config import QuantizationConfig, parse_quantization_config
 from .checkpoint import Checkpoint
 from .interface import ProgressFn, VisionLanguageModel, no_progress
+from .positions import ContiguousPositions
 from .weights import load_weights
 
 # "file:Class" in this folder.
@@ -31,8 +32,12 @@ _TIED_HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.embed_tokens.weight"
 
 
-def build_model(checkpoint: Checkpoint) -> VisionLanguageModel:
-    """The checkpoint's model on `meta`, every layer dense. Raises UnsupportedModel or CorruptCheckpoint."""
+def build_model(checkpoint: Checkpoint, *, positions: str | None = None) -> VisionLanguageModel:
+    """The checkpoint's model on `meta`, every layer dense.
+
+    `positions` chooses how survivors of pruning are placed where the model has a choice (`models/qwen2_vl.py`); None:
+    the model's own way. Raises UnsupportedModel, CorruptCheckpoint, or InvalidRequest for `positions`.
+    """
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CorruptCheckpoint(f"config.json: architectures: expected one name, got {names!r:.100}")
@@ -48,8 +53,10 @@ def build_model(checkpoint: Checkpoint) -> VisionLanguageModel:
         )
     file, _, class_name = target.partition(":")
     model_class = getattr(importlib.import_module(f".{file}", __package__), class_name)
+    if positions is not None and issubclass(model_class, ContiguousPositions):
+        raise InvalidRequest(f"positions: {names[0]} has one way to place what survives pruning, got {positions!r:.40}")
     with torch.device("meta"):
-        return model_class.from_checkpoint(checkpoint)
+        return model_class.from_checkpoint(checkpoint, **({} if positions is None else {"positions": positions}))
 
 
 def tied_weights(model: VisionLanguageModel) -> dict[str, str]:
@@ -63,15 +70,16 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     w4a8: bool = False,
+    positions: str | None = None,
     progress: ProgressFn = no_progress,
 ) -> VisionLanguageModel:
     """Builds the checkpoint's model and fills it, strictly.
 
     Layers that the checkpoint holds quantised stay so; `dtype` is that of everything else and of the activations.
-    `w4a8`: 4-bit layers multiply in 8 bits. Raises UnsupportedModel, CorruptCheckpoint, or InvalidRequest for `w4a8`
-    without such layers.
+    `w4a8`: 4-bit layers multiply in 8 bits; `positions` as in `build_model`. Raises UnsupportedModel,
+    CorruptCheckpoint, or InvalidRequest for `w4a8` without such layers and for `positions`.
     """
-    model: Any = build_model(checkpoint)
+    model: Any = build_model(checkpoint, positions=positions)
     plan = _quant_plan(model, checkpoint)
     plan.apply(model, w4a8=w4a8)
     tied = tied_weights(model)

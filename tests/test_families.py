@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, TinyFolders
 
+from sparsevila import Engine, InvalidRequest
 from sparsevila.models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +35,12 @@ def test_the_bundled_clip_is_chatted_about(name: str, tiny_folders: TinyFolders)
     assert told.count("cache reused") == 1  # the second turn encodes nothing
     assert " kept (-" in told
     assert " active (-" in told
+
+
+def test_survivors_are_placed_as_asked_where_there_is_a_choice(tiny_folders: TinyFolders) -> None:
+    with Engine.load(tiny_folders["qwen2.5"], device="cpu", positions="original") as engine:
+        assert vars(engine.model)["positions"] == "original"
+    with pytest.raises(InvalidRequest, match="regrid, original, contiguous"):
+        Engine.load(tiny_folders["qwen2.5"], device="cpu", positions="elsewhere")
+    with pytest.raises(InvalidRequest, match="one way to place"):
+        Engine.load(tiny_folders["nvila"], device="cpu", positions="regrid")
