@@ -97,7 +97,7 @@ class KVCache:
         self.sparse = False  # whether this turn reads the active set
         self.moves = 0  # how often stores were allocated anew: what has kept an address asks whether it still holds
         # Per layer: entries of (active set or visual store, text store). Valid from `publish` to the next prefill.
-        self.lengths = torch.zeros(num_layers, 2, dtype=torch.int64, device=device)
+        self.lengths = torch.empty(0, 2, dtype=torch.int64, device=device)
         self._entry_bytes = 2 * num_kv_heads * head_dim * torch.empty((), dtype=dtype).element_size()
 
     # Capacity
@@ -175,8 +175,10 @@ class KVCache:
     def publish(self) -> None:
         """Writes the lengths to the device, before the first step of an answer."""
         seen = self.active if self.sparse else self.visual
-        lengths = [[s.length, t.length] for s, t in zip(seen, self.text, strict=True)]
-        self.lengths.copy_(torch.tensor(lengths), non_blocking=True)
+        lengths = torch.tensor([[s.length, t.length] for s, t in zip(seen, self.text, strict=True)])
+        if len(self.lengths) == 0:
+            self.lengths = torch.empty_like(lengths, device=self.lengths.device)
+        self.lengths.copy_(lengths, non_blocking=True)
 
     def advance(self) -> None:
         """Books the text token that the next step puts into every layer and counts on the device."""

@@ -334,6 +334,7 @@ class Session:
     def _exclusive(self) -> Iterator[None]:
         if self._closed or self._engine.closed:
             raise Closed("the session is closed")
+        self._engine.check_alive()
         if not self._busy.acquire(blocking=False):
             raise SessionBusy("this session is in the middle of a turn", hint="cancel it, or use a session per thread")
         try:

@@ -16,16 +16,27 @@ import torch
 from ..errors import InsufficientMemory
 
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+_DEVICE_ERRORS = ("CUDA error", "Triton Error [CUDA]")  # how torch and Triton begin what the driver says
 _TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
 
 
 def shortage(error: BaseException) -> int | None:
     """The bytes that could not be had, 0 where the error does not say; None if it is about something else."""
     text = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(said in text for said in _NO_MEMORY):
         return None
     found = _TRIED.search(text)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def device_failure(error: BaseException) -> bool:
+    """Whether the driver reported something else than a lack of memory: an illegal access, a lost device.
+
+    Such an error comes back from every later call of the process.
+    """
+    said = isinstance(error, torch.AcceleratorError) or any(begin in str(error) for begin in _DEVICE_ERRORS)
+    return said and shortage(error) is None
 
 
 def out_of_memory(wanted: int, device: torch.device, *, what: str) -> InsufficientMemory:
