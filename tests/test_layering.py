@@ -15,7 +15,14 @@ FOLDERS = (*LAYERS, "benchmarks", "tests")
 ENTRY_POINTS = ("chat", "quant.__main__", "engine.server", "benchmarks", "setup")
 HOMES = {  # heavy or optional packages, and the only files that may import them
     "av": {"engine.video", "engine.doctor"},  # the second lists codecs only
-    "PIL": {"engine.images", "engine.config", "engine.calibration_set", "models.llava_next", "models.nvila"},
+    "PIL": {
+        "engine.images",
+        "engine.config",
+        "engine.calibration_set",
+        "models.llava_next",
+        "models.nvila",
+        "models.qwen2_vl",
+    },
     "sentencepiece": {"engine.tokenizer"},
     "tokenizers": {"engine.tokenizer"},
     "huggingface_hub": {"engine.hub"},
