@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,31 +58,18 @@ class QwenVitConfig:
     def from_hf(vision: ConfigReader, *, gated: bool) -> QwenVitConfig:
         """Reads a Hugging Face vision config, `gated` for the second generation; omitted keys take class defaults."""
         layers = vision.get_int("depth", default=32, low=1, high=MAX_LAYERS)
-        # Of the first generation `hidden_size` is the width of what comes out.
-        width = vision.get_int("hidden_size", default=3584, low=1, high=65536)
-        embed = width if gated else vision.get_int("embed_dim", default=1280, low=1, high=65536)
-        mlp_ratio = 0.0 if gated else vision.get_float("mlp_ratio", default=4, low=1 / 65536, high=1024)
         rotary = vision.sub("rope_parameters", required=False)
         rotary.get_str("rope_type", default="axial", choices=("axial", "default"))
         vision.get_int(("in_channels", "in_chans"), default=_CHANNELS, low=_CHANNELS, high=_CHANNELS)
         config = QwenVitConfig(
-            hidden_size=embed,
-            out_hidden_size=vision.get_int("out_hidden_size", default=3584, low=1, high=65536) if gated else width,
-            intermediate_size=vision.get_int("intermediate_size", default=3420, low=1, high=1 << 20)
-            if gated
-            else int(embed * mlp_ratio),
             num_layers=layers,
             num_heads=vision.get_int("num_heads", default=16, low=1, high=1024),
             patch_size=vision.get_int("patch_size", default=14, low=1, high=1024),
             temporal_patch_size=vision.get_int("temporal_patch_size", default=2, low=1, high=64),
             merge_size=vision.get_int("spatial_merge_size", default=2, low=1, high=64),
-            hidden_act=vision.get_str("hidden_act", default="silu", choices=("silu",))
-            if gated
-            else vision.get_str("hidden_act", default="quick_gelu", choices=tuple(ACTIVATIONS)),
             gated=gated,
-            window_size=vision.get_int("window_size", default=112, low=1, high=1 << 20) if gated else None,
-            full_layers=frozenset(_full_layers(vision, layers) if gated else range(layers)),
             rope_theta=rotary.get_float("rope_theta", default=10000.0, low=1.0),
+            **(_second_generation(vision, layers) if gated else _first_generation(vision, layers)),
         )
         if config.hidden_size % (4 * config.num_heads):
             raise UnsupportedModel(
@@ -108,13 +96,33 @@ class QwenVitConfig:
         return _CHANNELS, self.temporal_patch_size, self.patch_size, self.patch_size
 
 
-def _full_layers(vision: ConfigReader, num_layers: int) -> list[int]:
-    """Those of the list that there are. Raises UnsupportedModel where none is left: saliency is read off the last."""
+def _first_generation(vision: ConfigReader, num_layers: int) -> dict[str, Any]:
+    """Here `hidden_size` is the width of what comes out."""
+    width = vision.get_int("embed_dim", default=1280, low=1, high=65536)
+    return {
+        "hidden_size": width,
+        "out_hidden_size": vision.get_int("hidden_size", default=3584, low=1, high=65536),
+        "intermediate_size": int(width * vision.get_float("mlp_ratio", default=4, low=1 / 65536, high=1024)),
+        "hidden_act": vision.get_str("hidden_act", default="quick_gelu", choices=tuple(ACTIVATIONS)),
+        "window_size": None,
+        "full_layers": frozenset(range(num_layers)),
+    }
+
+
+def _second_generation(vision: ConfigReader, num_layers: int) -> dict[str, Any]:
+    """Raises UnsupportedModel where no layer sees the frame: saliency is read off the last that does."""
     listed = vision.get_ints("fullatt_block_indexes", default=(7, 15, 23, 31), high=MAX_LAYERS)
-    found = [index for index in listed if index < num_layers]
-    if not found:
+    full_layers = frozenset(index for index in listed if index < num_layers)
+    if not full_layers:
         raise UnsupportedModel(f"fullatt_block_indexes: expected one of the {num_layers} layers, got {listed}")
-    return found
+    return {
+        "hidden_size": vision.get_int("hidden_size", default=3584, low=1, high=65536),
+        "out_hidden_size": vision.get_int("out_hidden_size", default=3584, low=1, high=65536),
+        "intermediate_size": vision.get_int("intermediate_size", default=3420, low=1, high=1 << 20),
+        "hidden_act": vision.get_str("hidden_act", default="silu", choices=("silu",)),
+        "window_size": vision.get_int("window_size", default=112, low=1, high=1 << 20),
+        "full_layers": full_layers,
+    }
 
 
 def windows_of(rows: int, cols: int, side: int) -> list[Tensor]:
@@ -133,7 +141,8 @@ class FrameLayout:
 
     cos: Tensor  # (S, head_dim / 2) float32: row and column of each patch
     sin: Tensor
-    order: Tensor  # (S / merge^2,) int64: token in reading order -> its place
+    tokens: Tensor  # (S / merge^2,) int64: which token in reading order stands at each place
+    places: Tensor  # (S / merge^2,) int64: and the other way round
     windows: tuple[tuple[int, int], ...]  # (how many, patches in each), place by place; empty where there are none
 
     @staticmethod
@@ -155,16 +164,16 @@ class FrameLayout:
         size = config.head_dim // 2  # half of the pairs turn by the row, half by the column
         frequencies = 1.0 / config.rope_theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
         angle = torch.cat([axis.reshape(-1, 1) * frequencies for axis in (y, x)], dim=1)
-        return FrameLayout(angle.cos().to(device), angle.sin().to(device), token.argsort().to(device), tuple(windows))
+        angle, token = angle.to(device), token.to(device)
+        return FrameLayout(angle.cos(), angle.sin(), token, token.argsort(), tuple(windows))
 
     def place(self, x: Tensor) -> Tensor:
         """x (F, S, ...) from reading order of the tokens into the tower's."""
-        tokens = x.unflatten(1, (len(self.order), -1))
-        return tokens[:, self.order.argsort()].flatten(1, 2)
+        return x.unflatten(1, (len(self.tokens), -1))[:, self.tokens].flatten(1, 2)
 
     def read(self, x: Tensor) -> Tensor:
         """x (F, tokens, ...) from the tower's order into reading order."""
-        return x[:, self.order]
+        return x[:, self.places]
 
 
 class _PatchProjection(nn.Module):
