@@ -41,10 +41,14 @@ def chosen_range(video: Video, duration_s: float) -> tuple[float, float, tuple[s
     return video.start, duration_s if video.end is None else video.end, ()
 
 
-def num_wanted(video: Video, length_s: float, default_frames: int) -> int:
-    """How many frames the request asks for in a range of `length_s` seconds."""
+def num_wanted(video: Video, length_s: float, default_frames: int, default_fps: float | None = None) -> int:
+    """How many frames the request asks for in a range of `length_s` seconds.
+
+    Where it asks for none in particular, `default_frames`, and of a short range no more than `default_fps` a second.
+    """
     if video.fps is None:
-        return video.frames or max(1, default_frames)
+        most = math.inf if default_fps is None else length_s * default_fps
+        return video.frames or max(1, int(min(default_frames, most)))
     count = length_s * video.fps
     return max(1, math.ceil(count - _ROUNDING_S * video.fps)) if math.isfinite(count) else 2**62
 
@@ -56,6 +60,7 @@ def choose(
     size: tuple[int, int],  # height, width
     default_frames: int,
     limits: MediaLimits,
+    default_fps: float | None = None,
 ) -> Choice:
     """The frames of a clip whose frame times are known.
 
@@ -65,7 +70,7 @@ def choose(
     inside = np.flatnonzero((times_s >= start - _ROUNDING_S) & (times_s < end - _ROUNDING_S))
     if not len(inside):  # a range within one long frame: the frame that is on the screen
         inside = np.array([max(0, int(np.searchsorted(times_s, start, side="right")) - 1)])
-    wanted = num_wanted(video, end - start, default_frames)
+    wanted = num_wanted(video, end - start, default_frames, default_fps)
     count, short = limit_count(video, wanted, len(inside), size, limits)
     # The median, because a clip of uneven times may have one picture that stands for minutes.
     frame_s = float(np.median(np.diff(times_s[inside]))) if len(inside) > 1 else end - start

@@ -12,17 +12,25 @@ from .media_file import LIMITS, MediaLimits
 
 
 def load_media(
-    item: Image | Video, *, default_frames: int, progress: ProgressFn = no_progress, backend: str = "pyav"
+    item: Image | Video,
+    *,
+    default_frames: int,
+    default_fps: float | None = None,
+    progress: ProgressFn = no_progress,
+    backend: str = "pyav",
 ) -> Frames:
     """Decodes one item. A video that asks for neither `frames` nor `fps` gives `default_frames` or what fits.
 
+    `default_fps` bounds that number for a short clip: no more a second.
     `progress` is called between decoded frames; what it raises stops the work and passes through.
     Raises MediaError for what is wrong with the file, InvalidRequest for what is wrong with the wish.
     """
     if isinstance(item, Image):
         return load_image(item)
     if isinstance(item, Video):
-        return load_video(item, default_frames=default_frames, progress=progress, backend=backend)
+        return load_video(
+            item, default_frames=default_frames, default_fps=default_fps, progress=progress, backend=backend
+        )
     raise InvalidRequest(f"media: expected an Image or a Video, got {type(item).__name__}")
 
 
@@ -37,6 +45,7 @@ def load_video(
     video: Video,
     *,
     default_frames: int,
+    default_fps: float | None = None,
     progress: ProgressFn = no_progress,
     backend: str = "pyav",
     limits: MediaLimits = LIMITS,
@@ -53,4 +62,4 @@ def load_video(
         from .video_decord import read_video
     else:
         raise InvalidRequest(f"backend: expected 'pyav' or 'decord', got {backend!r}")
-    return read_video(video, default_frames, progress, limits)
+    return read_video(video, default_frames, progress, limits, default_fps)

@@ -145,8 +145,11 @@ class Session:
 
     def _open(self, item: Image | Video, state: State, progress: ProgressFn) -> MediaItem:
         start = time.perf_counter()
-        frames = load_media(item, default_frames=self._default_frames(state), progress=progress)
-        inputs = self._engine.model.preprocess(frames)
+        model = self._engine.model
+        frames = load_media(
+            item, default_frames=self._default_frames(state), default_fps=model.default_fps, progress=progress
+        )
+        inputs = model.preprocess(frames)
         return MediaItem(
             number=state.next_number,
             key=frames.key,

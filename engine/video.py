@@ -65,7 +65,9 @@ class _SeekFailed(Exception):
     """Seeking did not find every wanted frame: the file must be read through."""
 
 
-def read_video(video: Video, default_frames: int, progress: ProgressFn, limits: MediaLimits) -> Frames:
+def read_video(
+    video: Video, default_frames: int, progress: ProgressFn, limits: MediaLimits, default_fps: float | None = None
+) -> Frames:
     """Video -> Frames, rgb (T, H, W, 3) uint8. Raises MediaError or InvalidRequest; see `media.load_video`."""
     with open_local(video.source) as file:
         kind = expect_kind(video.source, read_head(file), "video")
@@ -73,13 +75,13 @@ def read_video(video: Video, default_frames: int, progress: ProgressFn, limits: 
         num_bytes = os.fstat(file.fileno()).st_size
     if not cut and num_bytes > limits.index_bytes:
         try:
-            return _Reading(video, default_frames, progress, limits, kind, cut).by_seeking()
+            return _Reading(video, default_frames, progress, limits, kind, cut, default_fps).by_seeking()
         except (_SeekFailed, TimesLie):
             pass
     try:
-        return _Reading(video, default_frames, progress, limits, kind, cut).by_index(counted=False)
+        return _Reading(video, default_frames, progress, limits, kind, cut, default_fps).by_index(counted=False)
     except TimesLie:
-        return _Reading(video, default_frames, progress, limits, kind, cut).by_index(counted=True)
+        return _Reading(video, default_frames, progress, limits, kind, cut, default_fps).by_index(counted=True)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ class _Reading:
         limits: MediaLimits,
         kind: FileKind,
         cut: bool,
+        default_fps: float | None = None,
     ) -> None:
-        self._video, self._default_frames, self._limits, self._kind = video, default_frames, limits, kind
+        self._video, self._limits, self._kind = video, limits, kind
+        self._default_frames, self._default_fps = default_frames, default_fps
         self._progress = progress
         self._name = shown(video.source)
         self._cut = cut  # the file is shorter than its container states
@@ -185,7 +189,13 @@ class _Reading:
             stream = self._stream(container)
             size = (stream.codec_context.height, stream.codec_context.width)
             choice = choose(
-                self._video, index.times_s(index.shown), index.duration_s, size, self._default_frames, self._limits
+                self._video,
+                index.times_s(index.shown),
+                index.duration_s,
+                size,
+                self._default_frames,
+                self._limits,
+                self._default_fps,
             )
             picker = self._start(index.shown[choice.indices].tolist())
             self._decode_indexed(container, stream, index, picker)
@@ -267,7 +277,7 @@ class _Reading:
             if not rate or duration_s <= 0 or (self._kind.format == "avi" and codec.has_b_frames):
                 raise _SeekFailed
             start, end, notes = chosen_range(self._video, duration_s)
-            wanted = num_wanted(self._video, end - start, self._default_frames)
+            wanted = num_wanted(self._video, end - start, self._default_frames, self._default_fps)
             available = max(1, round((end - start) * float(rate)))
             count, short = limit_count(self._video, wanted, available, (codec.height, codec.width), self._limits)
             origin = stream.start_time or 0

@@ -25,7 +25,9 @@ from .media_file import MediaLimits, check_size, expect_kind, is_cut, make_frame
 _BATCH = 8  # frames between two calls of `progress`
 
 
-def read_video(video: Video, default_frames: int, progress: ProgressFn, limits: MediaLimits) -> Frames:
+def read_video(
+    video: Video, default_frames: int, progress: ProgressFn, limits: MediaLimits, default_fps: float | None = None
+) -> Frames:
     """Video -> Frames, rgb (T, H, W, 3) uint8. Raises MediaError or InvalidRequest; see `media.load_video`."""
     try:
         import decord
@@ -49,7 +51,7 @@ def read_video(video: Video, default_frames: int, progress: ProgressFn, limits: 
             hint="use backend='pyav'",
         )
     check_size(width, height, video.source, limits.frame_pixels, limits)
-    choice = choose(video, times_s, duration_s, (height, width), default_frames, limits)
+    choice = choose(video, times_s, duration_s, (height, width), default_frames, limits, default_fps)
     count = len(choice.indices)
     rgb = np.empty((count, height, width, 3), np.uint8)
     for done in range(0, count, _BATCH):

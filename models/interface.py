@@ -219,6 +219,11 @@ class VisionLanguageModel(Protocol):
         """Frames of a video whose caller names no number; fewer where they do not fit."""
         ...
 
+    @property
+    def default_fps(self) -> float | None:
+        """No more frames a second than this of such a video; None where the model does not say."""
+        ...
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every weight."""
         ...

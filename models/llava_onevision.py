@@ -204,6 +204,11 @@ class LlavaOnevision(ContiguousPositions, nn.Module):
         """Frames of a video whose caller names no number."""
         return DEFAULT_FRAMES
 
+    @property
+    def default_fps(self) -> float | None:
+        """Of such a video; None: no bound."""
+        return None
+
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame."""
         return self._pooled_side**2

@@ -61,6 +61,7 @@ class NvilaConfig:
     min_tiles: int
     max_tiles: int
     num_frames: int  # of a video whose caller names no number
+    fps: float | None  # no more of them a second
     pool: tuple[int, int, int]  # blocks of frames, rows and columns of a video's tokens that become one
     newline_id: int
 
@@ -93,6 +94,7 @@ class NvilaConfig:
             min_tiles=top.get_int("min_tiles", default=1, low=1, high=_MAX_TILES),
             max_tiles=top.get_int("max_tiles", default=12, low=1, high=_MAX_TILES),
             num_frames=top.get_int("num_video_frames", default=8, low=1, high=1 << 16),
+            fps=top.get_float("fps", default=0.0, low=0.0, none_ok=True) or None,  # 0: evenly over the clip
             pool=_pooling(top, "video_encoder"),
             newline_id=_newline_id(checkpoint.language, text.vocab_size),
         )
@@ -300,6 +302,11 @@ class Nvila(ContiguousPositions, nn.Module):
     def default_frames(self) -> int:
         """Frames of a video whose caller names no number."""
         return self.config.num_frames
+
+    @property
+    def default_fps(self) -> float | None:
+        """No more frames a second than this of such a video; None: no bound."""
+        return self.config.fps
 
     def rename(self, name: str) -> str | None:
         """Checkpoint name, `<folder>.<name in the folder>` -> ours; None for what is known and not needed."""

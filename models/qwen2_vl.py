@@ -345,6 +345,11 @@ class Qwen2VL(nn.Module):
         """Frames of a video whose caller names no number."""
         return DEFAULT_FRAMES
 
+    @property
+    def default_fps(self) -> float | None:
+        """Of such a video; None: no bound."""
+        return None
+
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame, at most: a smaller picture gives fewer."""
         per_patch = self.config.video_limits.most / self.config.factor**2

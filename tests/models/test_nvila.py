@@ -717,14 +717,18 @@ class TestFolders:
 
 
 @pytest.mark.parametrize(
-    ("name", "frames_used", "video"), [("nvila", 8, (0.60, 0.75)), ("longvila", 20, (0.75, 0.90))], ids=str
+    ("name", "frames_used", "video"), [("nvila", 8, (0.60, 0.75)), ("longvila", 5, (0.75, 0.90))], ids=str
 )
 def test_a_clip_takes_the_models_number_of_frames(tiny, tmp_path, name, frames_used, video):
-    """8 of NVILA; all 20 that there are of LongVILA, whose default is 256 and whose videos are pruned harder."""
+    """8 of NVILA, evenly; of LongVILA two a second, up to 256, and its videos are pruned harder."""
     clip = write_clip(tmp_path / "clip.mp4", frames=20)
     with Engine.load(tiny[name].folder, device="cpu", dtype="float32") as engine:
         session = engine.session()
         assert session.attach(clip).frames == frames_used
+        assert session.attach(replace(clip, frames=9)).frames == 9
+        assert session.attach(replace(clip, end=0.1)).frames == 1
+        session.drop(2)
+        session.drop(3)
         assert (session.sparsity.prefill, session.sparsity.decode) == video
         assert engine.default_sparsity("video") == session.sparsity
         assert engine.default_sparsity("image").prefill == 0.60
