@@ -631,6 +631,12 @@ class TestFolders:
         with pytest.raises(CorruptCheckpoint, match=r"^llm/: model\.safetensors: is a link that leads out"):
             load(folder)
 
+    def test_a_folder_that_is_a_link_out(self, folder, tmp_path):
+        (folder / "llm").rename(tmp_path / "elsewhere")
+        (folder / "llm").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CorruptCheckpoint, match=r"^llm/: config\.json: is a link that leads out"):
+            load(folder)
+
     def test_links_of_a_hub_cache(self, tiny, tmp_path):
         """A snapshot's files are links to blobs two levels up; those of a sub-folder lead three levels up."""
         snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
