@@ -43,6 +43,7 @@ from .vision_tower import TowerBatch, VisionTower
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_ASPECT = 200  # of a picture's sides, as in the reference
+_FRAMES_PER_SECOND = 2.0
 _VIDEO_TOKENS = 0.9 * 128000  # of one clip, pairs of frames at a token each factor x factor pixels; the reference's
 _SMALLEST_CAP = 1.05  # of a frame's minimal area: what a long clip leaves each frame
 _PATCHES_PER_CHUNK = 4096  # bounds the encoder's activations: 4096 x 3840 x 2 bytes = 31 MB for queries, keys, values
@@ -347,8 +348,8 @@ class Qwen2VL(nn.Module):
 
     @property
     def default_fps(self) -> float | None:
-        """Of such a video; None: no bound."""
-        return None
+        """Of such a video: the rate of the reference. Qwen2-VL counts frames, so it tells it how fast things go."""
+        return _FRAMES_PER_SECOND
 
     def tokens_per_frame(self) -> int:
         """Visual tokens of one video frame, at most: a smaller picture gives fewer."""

@@ -777,6 +777,14 @@ class TestConversations:
         assert fits == [*range(fits[0], 100)]
         assert tokens + 3 < fits[0] == session._cache.next_position - 2  # where it has one token, and here three
 
+    def test_two_frames_a_second_unless_a_caller_says_otherwise(self, engines, tmp_path):
+        clip = write_clip(tmp_path / "long.mp4", frames=24, fps=8)
+        session = engines["qwen2.5"].session(media=[clip, replace(clip, frames=9), replace(clip, fps=4.0)])
+        assert [item.frames for item in session.media] == [6, 9, 12]
+        grid = session._state.media[0].token_map.grid
+        assert grid is not None
+        assert float(grid.seconds[0]) == pytest.approx(1.0)
+
     def test_generated_text_ends_at_its_token(self, engines):
         ends = {SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]}
         assert set(engines["qwen2.5"].tokenizer.eos_ids) == ends
