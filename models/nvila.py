@@ -2,6 +2,7 @@
 
 A checkpoint is a folder of sub-models: `llm/`, `vision_tower/`, `mm_projector/`.
 From top to bottom: config, tensor names, preprocessing, the model, prompt.
+The time tokens of NVILA-8B-Video are words of its tokenizer, which it writes as text: `<t12>`, of 100 parts of a clip.
 Sources: Liu et al., arXiv 2412.04468 (NVILA); Chen et al., arXiv 2408.10188 (LongVILA); NVlabs/VILA for the layout, the
 tiles and the order of tokens.
 """
@@ -9,6 +10,7 @@ tiles and the order of tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +46,8 @@ _MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 _MAX_TILES = 64
 _NEWLINE_PIECE = "\u010a"  # how a byte-level vocabulary writes the byte of "\n"
 _BICUBIC = 3  # Pillow's number in preprocessor configs
+_SYSTEM = "You are a helpful assistant"  # of Qwen2's first template and of VILA's own, which have no full stop
+_SYSTEM_IN_TEMPLATE = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]{1,1000})<\|im_end\|>")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class NvilaConfig:
     fps: float | None  # no more of them a second
     pool: tuple[int, int, int]  # blocks of frames, rows and columns of a video's tokens that become one
     newline_id: int
+    system: str  # the system text where the user gives none
 
     @staticmethod
     def from_hf(checkpoint: Checkpoint) -> NvilaConfig:
@@ -97,6 +102,7 @@ class NvilaConfig:
             fps=top.get_float("fps", default=0.0, low=0.0, none_ok=True) or None,  # 0: evenly over the clip
             pool=_pooling(top, "video_encoder"),
             newline_id=_newline_id(checkpoint.language, text.vocab_size),
+            system=_SYSTEM if template == "qwen2" else _system_text(checkpoint.language),
         )
 
 
@@ -231,6 +237,17 @@ def _newline_id(language: Checkpoint, vocab_size: int) -> int:
     return found
 
 
+def _system_text(language: Checkpoint) -> str:
+    """What the tokenizer's own template says for a conversation without a system text.
+
+    The models that name no template were trained with that of their language model, and those differ in this text
+    alone: Qwen2 has a full stop, Qwen2.5 introduces itself.
+    """
+    template = (language.read_json("tokenizer_config.json") or {}).get("chat_template")
+    found = _SYSTEM_IN_TEMPLATE.search(template) if isinstance(template, str) else None
+    return found[1] if found else _SYSTEM
+
+
 @dataclass(frozen=True)
 class _Tiles:
     """How an image is laid out: rows x cols tiles."""
@@ -275,7 +292,7 @@ class Nvila(ContiguousPositions, nn.Module):
         width = config.vision.hidden_size * len(config.scales)
         self.mm_projector = Projector(config.projector, width, config.text.hidden_size)
         self.language_model = Decoder(config.text)
-        self.prompt: PromptFormat = QwenPrompt()
+        self.prompt: PromptFormat = QwenPrompt(config.system)
         if any(self.mm_projector.tokens_of_side(config.vision.grid) % block for block in config.pool[1:]):
             side = self.mm_projector.tokens_of_side(config.vision.grid)
             raise UnsupportedModel(f"config.json: video_encoder.pool_sizes: expected divisors of {side} tokens a side")
@@ -543,10 +560,10 @@ def _map(boxes: Tensor, frames: Tensor, *, newlines: int) -> TokenMap:
 class QwenPrompt:
     """`<|im_start|>system ... <|im_start|>user\\n<media>Q<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>\\n`.
 
-    The system text is Qwen2's first one, without a full stop. Media stand in the order in which they were given.
+    Media stand in the order in which they were given, with nothing around them.
     """
 
-    system: str = "You are a helpful assistant"
+    system: str = _SYSTEM
 
     def opening(self, *, first: bool, system: str | None) -> list[PromptPiece]:
         user: list[PromptPiece] = [Special("<|im_start|>"), "user\n"]

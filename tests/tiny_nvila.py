@@ -90,7 +90,8 @@ EXTRA_SHAPES: dict[str, Shape] = {
     "pooled": Shape(
         vision={**_SIGLIP, "image_size": 42}, projector="mlp_downsample_3x3_fix", text={**_TEXT, "rope_theta": 1e6},
         top={
-            "image_aspect_ratio": "resize", "num_video_frames": 16, "num_time_tokens": 0,
+            "image_aspect_ratio": "resize", "num_video_frames": 16, "num_time_tokens": 100,
+            "time_token_format": "<t{t}>",
             "video_encoder": json.dumps({"_target_": _TSP, "pool_sizes": [[3, 1, 2]]}),
         },
     ),

@@ -513,6 +513,32 @@ def test_the_prompt_is_the_template_of_vila():
     assert prompt.opening(first=True, system="Be brief.")[1] == "system\nBe brief."
 
 
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    "You are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+)
+QWEN25 = (
+    "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + messages[0]['content'] + "
+    "'<|im_end|>\\n' }}\n{%- else %}\n    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are "
+    "a helpful assistant.<|im_end|>\\n' }}\n{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "named", "system"),
+    [(None, None, "You are a helpful assistant"), (QWEN2, None, "You are a helpful assistant."),
+     (QWEN25, None, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+     (QWEN25, "qwen2", "You are a helpful assistant"), ("{{ messages }}", None, "You are a helpful assistant")],
+    ids=["none", "qwen2", "qwen2.5", "named", "other"],
+)  # fmt: skip
+def test_the_system_text_is_that_of_the_template(tiny, tmp_path, template, named, system):
+    folder = copied(tiny["longvila"], tmp_path / "model")
+    edit(folder / "config.json", chat_template=named)
+    edit(folder / "llm" / "tokenizer_config.json", chat_template=template)
+    assert build_model(Checkpoint.open(folder)).prompt.system == system
+
+
 @pytest.mark.parametrize("name", ["nvila", "longvila"])
 def test_both_tokenizer_forms_give_the_ids_of_tokenizers(tiny, name):
     """`tokenizer.json`, and `vocab.json` with `merges.txt`; media tokens by name, never from text."""
