@@ -459,23 +459,23 @@ class Nvila(ContiguousPositions, nn.Module):
     def _tile_by_tile(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields features (units, tokens, D) and saliency (units, tokens); a unit is a tile or a pooled run of them."""
         pool = self.config.pool if inputs.kind == "video" else (1, 1, 1)
-        step = pool[0] * max(1, _TILES_PER_CHUNK // pool[0])
-        for x, scores in self._run_tower(inputs, progress, step):
+        projected = (
             # Made for several scales, the projector gets the one there is as often.
-            x = self._projected(torch.cat([x] * len(self.config.scales), dim=-1))
-            scores = self.mm_projector.pool(scores)
-            if pool != (1, 1, 1):
-                x, scores = self._pooled(x, pool), self._pooled(scores[..., None], pool)[..., 0]
-            yield x, scores
+            (self._projected(torch.cat([x] * len(self.config.scales), dim=-1)), self.mm_projector.pool(scores))
+            for x, scores in self._run_tower(inputs, progress)
+        )
+        if pool == (1, 1, 1):
+            yield from projected
+            return
+        for x, scores in _in_whole_runs(projected, pool[0]):
+            yield self._pooled(x, pool), self._pooled(scores[..., None], pool)[..., 0]
 
-    def _run_tower(
-        self, inputs: VisualInputs, progress: ProgressFn, step: int = _TILES_PER_CHUNK
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _run_tower(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the tower's features (tiles, patches, C) and saliency (tiles, patches), chunk by chunk."""
         total = len(inputs.pixels)
-        for start in range(0, total, step):
+        for start in range(0, total, _TILES_PER_CHUNK):
             progress(Progress("encode", start, total, "frames"))
-            yield self.vision_tower(inputs.pixels[start : start + step])
+            yield self.vision_tower(inputs.pixels[start : start + _TILES_PER_CHUNK])
 
     def _projected(self, x: Tensor) -> Tensor:
         """What is kept of (tiles, patches, C): joined tokens, or the patches as they are."""
@@ -530,6 +530,23 @@ def _stacked(tiles: Iterable[np.ndarray], count: int, size: int) -> Tensor:
     for target, tile in zip(pixels, tiles, strict=True):
         target[:] = tile.transpose(2, 0, 1)
     return torch.from_numpy(pixels)
+
+
+def _in_whole_runs(chunks: Iterable[tuple[Tensor, Tensor]], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same rows in other chunks: each holds whole runs of `length` rows, the last one may end within one."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for chunk in chunks:
+        waiting.append(chunk)
+        count = sum(len(x) for x, _ in waiting)
+        if count < length:
+            continue
+        x, scores = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        whole = count // length * length
+        yield x[:whole], scores[:whole]
+        waiting = [(x[whole:], scores[whole:])] if whole < count else []
+    if waiting:
+        x, scores = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        yield x, scores
 
 
 def _without_padding(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -31,7 +31,7 @@ from sparsevila.engine.sparsity.base import Method
 from sparsevila.engine.tokenizer import load_tokenizer
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, Progress, Special, VisualTokens
-from sparsevila.models.nvila import Nvila, NvilaConfig, QwenPrompt
+from sparsevila.models.nvila import Nvila, NvilaConfig, QwenPrompt, _in_whole_runs, _Tiles
 from sparsevila.models.registry import build_model, load_model
 from sparsevila.quant.awq import quantise_int4
 from sparsevila.quant.compressed_format import write_int_quantized, write_pack_quantized
@@ -483,6 +483,25 @@ def test_frames_are_encoded_in_chunks(models):
     assert relative(whole.features, torch.cat([tokens.features for tokens in single])) < 1e-5
     assert relative(whole.saliency, torch.cat([tokens.saliency for tokens in single])) < 1e-5
     assert [step.done for step in seen] == [0, 4, 8, 11]
+
+
+@pytest.mark.parametrize("run", [1, 2, 3, 4, 5, 7, 8, 20])
+def test_chunks_of_any_length_become_whole_runs(run):
+    rows = torch.arange(11 * 2, dtype=torch.float32).view(11, 2)
+    chunks = [(part, part[:, 0]) for part in rows.split([4, 4, 3])]
+    found = list(_in_whole_runs(chunks, run))
+    assert torch.equal(torch.cat([x for x, _ in found]), rows)
+    assert torch.equal(torch.cat([scores for _, scores in found]), rows[:, 0])
+    assert all(len(x) % run == 0 and len(x) > 0 for x, _ in found[:-1])
+
+
+def test_grids_of_tiles_equal_the_plain_search():
+    rng = np.random.default_rng(0)
+    for low, high in ((1, 12), (9, 12), (1, 6)):
+        for height, width in rng.integers(1, 2000, (40, 2)).tolist():
+            tiles = _Tiles.closest(height, width, low=low, high=high, size=448)
+            picture = PILImage.new("1", (width, height))
+            assert Plain.ratio(_Size(448), picture, low, high) == (tiles.cols, tiles.rows)  # type: ignore[arg-type]
 
 
 def test_structural_tokens_take_the_newline_of_the_text(models):
