@@ -44,6 +44,7 @@ from .siglip import PixelScale, SiglipTower, rename_siglip, siglip_config
 _TILES_PER_CHUNK = 4  # bounds the encoder: 4 x 1024 patches x 4304 x 4 bytes = 71 MB in the MLP, 67 MB of scores
 _MODES = ("resize", "pad", "dynamic", "dynamic_s2")
 _MAX_TILES = 64
+_PADDED_SIDE = 8192  # pixels: a square of 201 MB
 _NEWLINE_PIECE = "\u010a"  # how a byte-level vocabulary writes the byte of "\n"
 _BICUBIC = 3  # Pillow's number in preprocessor configs
 _SYSTEM = "You are a helpful assistant"  # of Qwen2's first template and of VILA's own, which have no full stop
@@ -87,6 +88,7 @@ class NvilaConfig:
         _check_sizes(top, vision, len(scales), text)
         _pooling(top, "image_encoder")
         projector = ConfigReader(checkpoint.folders["mm_projector"].config, file="mm_projector/config.json")
+        max_tiles = top.get_int("max_tiles", default=12, low=1, high=_MAX_TILES)
         return NvilaConfig(
             vision=vision,
             feature_layer=_feature_layer(top, vision),
@@ -96,8 +98,8 @@ class NvilaConfig:
             aspect=aspect,
             scales=scales,
             output_scale=output_scale,
-            min_tiles=top.get_int("min_tiles", default=1, low=1, high=_MAX_TILES),
-            max_tiles=top.get_int("max_tiles", default=12, low=1, high=_MAX_TILES),
+            min_tiles=top.get_int("min_tiles", default=1, low=1, high=max_tiles),
+            max_tiles=max_tiles,
             num_frames=top.get_int("num_video_frames", default=8, low=1, high=1 << 16),
             fps=top.get_float("fps", default=0.0, low=0.0, none_ok=True) or None,  # 0: evenly over the clip
             pool=_pooling(top, "video_encoder"),
@@ -377,9 +379,16 @@ class Nvila(ContiguousPositions, nn.Module):
         return VisualInputs(frames.kind, _stacked(tiles, T, size), (0, 0, 1), token_map)
 
     def _padded(self, rgb: np.ndarray) -> Image.Image:
-        """A square picture, the given one in its middle, the rest in the mean colour."""
+        """A square picture, the given one in its middle, the rest in the mean colour.
+
+        One whose square would take more memory than any picture is first scaled down.
+        """
         height, width, _ = rgb.shape
         side = max(height, width)
+        if side > _PADDED_SIDE:
+            height, width = (max(1, round(length * _PADDED_SIDE / side)) for length in (height, width))
+            rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+            side = _PADDED_SIDE
         colour = [int(mean * 255) for mean in self.config.scale.mean]
         canvas = np.full((side, side, 3), colour, dtype=np.uint8)
         top, left = (side - height) // 2, (side - width) // 2

@@ -29,6 +29,7 @@ from sparsevila import CorruptCheckpoint, Engine, Image, ModelNotFound, Sampling
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.engine.tokenizer import load_tokenizer
+from sparsevila.models import nvila
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, Progress, Special, VisualTokens
 from sparsevila.models.nvila import Nvila, NvilaConfig, QwenPrompt, _in_whole_runs, _Tiles
@@ -463,6 +464,17 @@ class TestTokenMap:
         assert bright.any()
         assert not (bright & ~meets).any()
 
+    def test_a_very_long_picture_is_padded_in_bounded_memory(self, models, monkeypatch):
+        """As the square of the whole, to a level or two: it is scaled twice."""
+        rgb = np.kron(frames(40, 3).rgb, np.ones((1, 5, 4, 1), dtype=np.uint8))  # 200 x 12
+        long = Frames("image", rgb, np.zeros(1), "<test>", 0.0, "long")
+        want = models["pad"].preprocess(long)
+        monkeypatch.setattr(nvila, "_PADDED_SIDE", 100)
+        found = models["pad"].preprocess(long)
+        assert found.pixels.shape == want.pixels.shape
+        assert torch.equal(found.token_map.box, want.token_map.box)
+        assert float((found.pixels.float() - want.pixels.float()).abs().mean()) < 2
+
     def test_frames_and_lines(self, models):
         """Seven frames in blocks of three: the middle frame of each, the last block is one frame."""
         token_map = models["pooled"].preprocess(frames(7, 30, 30, kind="video")).token_map
@@ -724,6 +736,8 @@ class TestFolders:
             ({"dynamic_s2": True, "s2_scales": "38,50"}, "s2_scales"),
             ({"dynamic_s2": True, "s2_scales": "1e9"}, "s2_scales"),
             ({"vision_resolution": 448}, "vision_resolution"),
+            ({"min_tiles": 13}, "min_tiles"),
+            ({"max_tiles": 1000}, "max_tiles"),
             ({"video_encoder": "{"}, "video_encoder"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
