@@ -13,9 +13,12 @@ from torch import Tensor
 
 from sparsevila import CorruptCheckpoint
 from sparsevila.models.checkpoint import Checkpoint, ConfigReader
+from sparsevila.models.clip import ClipConfig
 from sparsevila.models.interface import VisualInputs
-from sparsevila.models.siglip import PixelScale, SiglipTower, rename_siglip, siglip_config
+from sparsevila.models.siglip import PixelScale, SiglipLayer, SiglipTower, rename_siglip, siglip_config
 from sparsevila.models.weights import load_weights
+from sparsevila.quant.linear import Linear, quantised_like
+from sparsevila.quant.smoothquant import quantise_int8
 
 CPU = torch.device("cpu")
 HALF = PixelScale((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -147,3 +150,30 @@ def test_a_config_that_is_not_siglip_is_refused():
         siglip_config(ConfigReader({"model_type": "clip_vision_model"}))
     with pytest.raises(CorruptCheckpoint, match="num_channels"):
         siglip_config(ConfigReader({"num_channels": 4}))
+
+
+@torch.inference_mode()
+def test_a_layer_of_the_real_widths_in_8_bits():
+    """1152 wide, heads of 72, an MLP of 4304: every matrix against float64 on the layer's own rounded inputs."""
+    torch.manual_seed(0)
+    config = ClipConfig(1152, 4304, 1, 16, 448, 14, "gelu_pytorch_tanh", 1e-6)
+    layer = SiglipLayer(config)
+    for name, parameter in layer.named_parameters():
+        parameter.data = torch.randn(parameter.shape) * (0.1 if "norm" in name else 0.03)
+    checked = []
+    for name, old in [(n, m) for n, m in layer.named_modules() if isinstance(m, Linear)]:
+        new = quantised_like(old, None)
+        start = 0
+        for part, (rows, _) in old.waits_for().items():
+            weight = quantise_int8(old.weight[start : start + rows])
+            new.fill(part, weight, dtype=torch.float32, device=CPU)
+            old.weight.data[start : start + rows] = weight.dequantise()
+            start += rows
+        new.bias = old.bias
+        x = torch.randn(5, old.in_features)
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        rounded = (x / scale).round().double() * scale.double()
+        want = rounded @ old.weight.double().t() + old.bias.double()
+        assert relative(new(x).double(), want) < 1e-6, name
+        checked.append((old.in_features, old.out_features))
+    assert checked == [(1152, 3456), (1152, 1152), (1152, 4304), (4304, 1152)]
