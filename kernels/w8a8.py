@@ -2,9 +2,9 @@
 
     y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
 
-a and act_scale are `quantize_rows` of the input. The sum is exact in int32, the rest float32. On a CPU with int8
-instructions the weights are kept once, in the order that oneDNN multiplies in (`pack_w8a8`): torch's own int8 product
-would bring them into that order at every call.
+a and act_scale are `quantize_rows` of the input, normalised before on request; an activation may follow. The sum is
+exact in int32, the rest float32. On a CPU with int8 instructions the weights are kept once, in the order that oneDNN
+multiplies in (`pack_w8a8`): torch's own int8 product would bring them into that order at every call.
 Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N outputs, K inputs.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .activation import activation, activation_ref
 from .backend import runs_triton
-from .quantize_rows import quantize_rows, quantize_rows_ref
+from .quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
 
@@ -32,29 +33,44 @@ def pack_w8a8(codes: Tensor) -> Tensor:
     """codes (N, K) int8 -> what `w8a8` reads fastest on their device, once, at load.
 
     On a CPU an opaque tensor of oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which
-    is neither copied nor read by other operations; elsewhere, and on a CPU without int8 instructions, the codes.
+    is neither copied nor read by other operations; for Triton the codes in rows of whole 16 bytes; elsewhere, and
+    on a CPU without int8 instructions, the codes.
     """
-    if codes.device.type == "cpu" and torch.cpu._is_vnni_supported() and not runs_triton(codes):
+    if runs_triton(codes):
+        from .gpu.int8_linear import padded
+
+        return padded(codes)[:, : codes.shape[1]]
+    if codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
         packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         return packed
     return codes.contiguous()
 
 
-def w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def w8a8(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, norm: RowNorm | None = None, act: str = ""
+) -> Tensor:
     """x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
     weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any
-    float or None. Raises ValueError where shapes or dtypes differ.
+    float or None. `norm` is what x goes through before, `act` (a name of `activation`) what the sums go through behind:
+    where Triton runs, both in the kernels. Raises ValueError where shapes or dtypes differ.
     """
     _check(x, weight, scales, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    codes, act_scales = quantize_rows(rows)
     if runs_triton(x) and not weight.is_mkldnn:
-        from .gpu.int8_linear import int8_linear
+        from .gpu.int8_linear import int8_linear, with_padding
 
-        out = int8_linear(codes, act_scales, weight, scales, bias, x.dtype)
+        weight = with_padding(weight)
+        out = int8_linear(*quantize_rows(rows, norm, width=weight.shape[1]), weight, scales, bias, x.dtype, act)
         return out.reshape(*x.shape[:-1], scales.shape[0])
-    out = torch.empty(rows.shape[0], scales.shape[0], dtype=x.dtype, device=x.device)
+    out = _plain(rows, weight, scales, bias, norm).reshape(*x.shape[:-1], scales.shape[0])
+    return activation(out, act) if act else out
+
+
+def _plain(rows: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, norm: RowNorm | None) -> Tensor:
+    """x (M, K) -> (M, N), by torch's operations."""
+    codes, act_scales = quantize_rows(rows, norm)
+    out = torch.empty(rows.shape[0], scales.shape[0], dtype=rows.dtype, device=rows.device)
     wide_bias = None if bias is None else bias.float()
     step = max(_PACKED_ROWS, _PACKED_ENTRIES // scales.shape[0]) if weight.is_mkldnn else _PRODUCT_ROWS
     for start in range(0, rows.shape[0], step):
@@ -64,7 +80,7 @@ def w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) 
             _finish(product, act_scales[part], None, wide_bias, out[part])
         else:
             _finish(_int8_product(codes[part], weight), act_scales[part], scales, wide_bias, out[part])
-    return out.reshape(*x.shape[:-1], scales.shape[0])
+    return out
 
 
 def _finish(product: Tensor, act_scales: Tensor, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
@@ -78,15 +94,18 @@ def _finish(product: Tensor, act_scales: Tensor, scales: Tensor | None, bias: Te
         out[part] = wide if bias is None else wide.add_(bias)
 
 
-def w8a8_ref(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+def w8a8_ref(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, norm: RowNorm | None = None, act: str = ""
+) -> Tensor:
     """The definition in float64, of weights that are not packed."""
     _check(x, weight, scales, bias)
-    codes, act_scales = quantize_rows_ref(x.reshape(-1, x.shape[-1]))
+    codes, act_scales = quantize_rows_ref(x.reshape(-1, x.shape[-1]), norm)
     inputs = codes.double() * act_scales.double()[:, None]
     out = inputs @ (weight.double() * scales.double()[:, None]).t()
     if bias is not None:
         out = out + bias.double()
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    out = out.reshape(*x.shape[:-1], weight.shape[0])
+    return activation_ref(out, act) if act else out
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..kernels.activation import ACTIVATIONS as ACTIVATIONS
 from ..kernels.add_rms_norm import add_rms_norm
 from ..kernels.rms_norm import rms_norm
 
@@ -37,22 +35,3 @@ def empty_embedding(num_rows: int, size: int) -> nn.Embedding:
     environment variable.
     """
     return nn.Embedding.from_pretrained(torch.empty(num_rows, size))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-# The names of Hugging Face configs ("hidden_act").
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "silu": F.silu,
-}

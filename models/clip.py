@@ -99,12 +99,12 @@ class _Attention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = config.hidden_act
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        return self.fc2(self.fc1.fused(x, norm=norm, act=self.act))
 
 
 class ClipLayer(ScaledBlock):
@@ -121,12 +121,12 @@ class ClipLayer(ScaledBlock):
         """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32."""
         attended, scores = self.attend(x, score=score)
         x = x + attended
-        return x + self.mlp(self.layer_norm2(x)), scores
+        return x + self.mlp(x, self.layer_norm2), scores
 
     def attend(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
         """What attention adds to x (B, S, hidden), and the scores as in `forward`."""
         B, S, size = x.shape
-        qkv = self.self_attn.qkv_proj(self.layer_norm1(x)).reshape(B, S, 3, self.self_attn.num_heads, -1)
+        qkv = self.self_attn.qkv_proj.fused(x, norm=self.layer_norm1).reshape(B, S, 3, self.self_attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
         scores = saliency(self.raters(q), k) if score else None
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, size)

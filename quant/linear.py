@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.activation import activation
+from ..kernels.backend import runs_triton
+from ..kernels.quantize_rows import RowNorm
 from ..kernels.w4a16 import W4A16Layout, pack_w4a16, w4a16
 from ..kernels.w8a8 import pack_w8a8, w8a8
 from .scheme import Int4Weight, Int8Weight
@@ -57,6 +60,11 @@ class LinearLayer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
+
+    def fused(self, x: Tensor, *, norm: nn.Module | None = None, act: str = "") -> Tensor:
+        """act(forward(norm(x))), `act` a name of `kernels.activation`: in fewer passes where the layer has such."""
+        y = self(x if norm is None else norm(x))
+        return activation(y, act) if act else y
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
@@ -166,6 +174,19 @@ class _Int8Linear(_QuantisedLinear):
         assert self.qweight is not None, "the layer has not been filled"
         assert self.scales is not None
         return w8a8(x, self.qweight, self.scales, self.bias)
+
+    def fused(self, x: Tensor, *, norm: nn.Module | None = None, act: str = "") -> Tensor:
+        if not runs_triton(x):
+            return super().fused(x, norm=norm, act=act)
+        assert self.qweight is not None, "the layer has not been filled"
+        assert self.scales is not None
+        if norm is None:
+            rows = None
+        else:
+            assert isinstance(norm.weight, Tensor)
+            bias = getattr(norm, "bias", None)  # an RMSNorm has none
+            rows = RowNorm(norm.weight, bias, float(norm.eps))
+        return w8a8(x, self.qweight, self.scales, self.bias, norm=rows, act=act)
 
 
 class W8A8Linear(_Int8Linear):

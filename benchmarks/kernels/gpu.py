@@ -30,7 +30,7 @@ from sparsevila.kernels.gpu.column_sums import column_sums
 from sparsevila.kernels.gpu.decode_attention import decode_attention
 from sparsevila.kernels.gpu.gather import gather
 from sparsevila.kernels.gpu.int4_linear import dequantised, int4_linear, pack_scales, pack_words
-from sparsevila.kernels.gpu.int8_linear import int8_linear
+from sparsevila.kernels.gpu.int8_linear import int8_linear, padded
 from sparsevila.kernels.gpu.quantize_rows import quantize_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -212,6 +212,7 @@ def int8_rows(bench: Bench) -> Iterator[Row]:
         weight = (codes.float() * scales[:, None]).to(bench.dtype)
 
         plain = F.linear(x.float(), weight.float(), bias.float())
+        codes = padded(codes)
         off = error(_int8(x, codes, scales, bias), plain * torch.sigmoid(1.702 * plain))
         peer: list[Call] = [partial(_dense, x, each, bias) for each in bench.copies(weight)]
         calls: list[Call] = [partial(_int8, x, each, scales, bias) for each in bench.copies(codes)]
@@ -222,7 +223,7 @@ def int8_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
-    return int8_linear(*quantize_rows(x), codes, scales, bias, x.dtype, "quick_gelu")
+    return int8_linear(*quantize_rows(x, width=codes.shape[1]), codes, scales, bias, x.dtype, "quick_gelu")
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

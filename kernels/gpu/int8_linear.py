@@ -1,6 +1,6 @@
 """Product of int8 codes with scales, bias and activation behind it; the kernel of `w8a8`.
 
-    out[m, n] = f((sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n])        f: none, gelu, quick_gelu, silu
+    out[m, n] = f((sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n])        f: none, or one of `activation`
 
 The sum is exact in int32 and never written: with K about 1000, writing and reading it costs as much as the product.
 Sizes: M tokens, N outputs, K inputs.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .variant import Variant
 
-ACTIVATIONS = {"": 0, "gelu": 1, "quick_gelu": 2, "silu": 3}
-_ALIGNMENT = 16
+ACTIVATIONS = {"": 0, "gelu": 1, "quick_gelu": 2, "silu": 3, "gelu_pytorch_tanh": 4}
+ALIGNMENT = 16  # bytes at whose multiples rows begin; others could only be read byte by byte
 _GROUP = 8  # blocks of rows that walk through the weights together, so that these stay in the L2 cache
 
 
@@ -28,11 +28,11 @@ def int8_linear(
 ) -> Tensor:  # fmt: skip
     """a (M, K), weight (N, K) int8 contiguous; act_scales (M,), scales (N,) float32; bias (N,) or None -> (M, N).
 
-    Rows that do not begin at multiples of 16 bytes could only be read byte by byte: such a K is padded at every call.
-    Of the towers' sizes that is 3,420 alone.
+    K is a multiple of `ALIGNMENT`: weights are `padded` once, at load, and rows come so from `quantize_rows`.
     """
-    a, weight = padded(a), padded(weight)
     (M, K), N = a.shape, weight.shape[0]
+    if K % ALIGNMENT or weight.shape[1] != K:
+        raise ValueError(f"expected K a multiple of {ALIGNMENT}, got {K} and {weight.shape[1]}")
     out = torch.empty(M, N, dtype=dtype, device=a.device)
     if M:
         rows, columns, depth, warps, stages = block_sizes(M)
@@ -44,8 +44,18 @@ def int8_linear(
 
 
 def padded(codes: Tensor) -> Tensor:
-    """(rows, K) -> (rows, K rounded up to a multiple of 16), the new columns 0."""
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % _ALIGNMENT))
+    """(rows, K) -> (rows, K rounded up to a multiple of `ALIGNMENT`), the new columns 0."""
+    more = -codes.shape[1] % ALIGNMENT
+    return torch.nn.functional.pad(codes, (0, more)) if more else codes.contiguous()
+
+
+def with_padding(codes: Tensor) -> Tensor:
+    """The whole of `padded(codes)[:, :K]`, or, of a matrix that is no such view, a padded copy."""
+    K = codes.shape[1]
+    width = -(-K // ALIGNMENT) * ALIGNMENT
+    if codes.stride() == (width, 1):
+        return codes.as_strided((codes.shape[0], width), (width, 1))
+    return padded(codes)
 
 
 def block_sizes(M: int) -> tuple[int, int, int, int, int]:
@@ -66,7 +76,7 @@ def variants() -> Iterator[Variant]:
         }  # fmt: skip
         for M in (16, 64, 577):
             rows, columns, depth, warps, stages = block_sizes(M)
-            for activation in ("", "gelu", "quick_gelu", "silu") if M == 577 else ("",):
+            for activation in ACTIVATIONS if M == 577 else ("",):
                 yield Variant(
                     f"int8_linear rows={rows} {activation or 'plain'} {dtype}", _int8_linear, pointers | sizes,
                     _constants(rows, columns, depth, True, activation), warps, stages, frozenset(pointers) | {"K"},
@@ -113,5 +123,7 @@ def _int8_linear(
         wide = wide / (1 + tl.exp(-1.702 * wide))
     elif ACTIVATION == 3:
         wide = wide / (1 + tl.exp(-wide))
+    elif ACTIVATION == 4:  # 1 + tanh(u) = 2 sigmoid(2 u)
+        wide = wide / (1 + tl.exp(-1.5957691216057308 * (wide + 0.044715 * wide * wide * wide)))
     at = out + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(at, wide.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

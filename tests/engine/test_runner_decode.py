@@ -4,7 +4,7 @@ is taken back when it ran ahead."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparsevila.engine.sparsity.base import Method
 from sparsevila.kernels.decode_attention import decode_attention
 from sparsevila.kernels.w4a16 import W4A16Layout
 from sparsevila.models.checkpoint import Checkpoint
+from sparsevila.models.clip import ClipConfig, ClipLayer
 from sparsevila.models.decoder import Decoder, DecoderConfig
 from sparsevila.models.interface import TokenMap, VisionLanguageModel, VisualTokens
 from sparsevila.models.registry import load_model
@@ -219,9 +220,9 @@ CONFIG = DecoderConfig(
 )  # fmt: skip
 
 
-def quantised(decoder: Decoder, bits: int) -> None:
+def quantised(layers: Iterable[nn.Module], bits: int) -> None:
     """Every linear layer of the blocks in 4 or 8 bits; the numbers do not matter."""
-    for layer in decoder.layers:
+    for layer in layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, old in list(parent.named_children()):
                 if not isinstance(old, LinearLayer):
@@ -252,7 +253,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if not isinstance(rope_append._rope_append, jit.JITFunction):
         pytest.skip("Triton's interpreter has no launches to record")
     for name, module in list(sys.modules.items()):
-        if name.startswith("sparsevila.kernels.") and hasattr(module, "runs_triton"):
+        if name.startswith("sparsevila.") and hasattr(module, "runs_triton"):
             monkeypatch.setattr(module, "runs_triton", lambda tensor: tensor.is_meta)
     seen: list[str] = []
 
@@ -275,7 +276,7 @@ class TestOnAGpu:
             finally:
                 torch.set_default_dtype(torch.float32)
             if bits < 16:
-                quantised(decoder, bits)
+                quantised(decoder.layers, bits)
             model = SimpleNamespace(decoder=decoder, text_positions=lambda n, at: (torch.arange(at, at + n), at + n))
             cache = KVCache(num_layers=2, num_kv_heads=2, head_dim=32, dtype=torch.bfloat16, device=DEVICE)
             cache.reserve(visual=30, text=300)
@@ -299,6 +300,28 @@ class TestOnAGpu:
         assert ("_pairs" in kernels) == (bits == 4)
         assert ("_int8_linear" in kernels) == (bits == 8)
         assert len(calls[0][1]) > 0
+
+    def test_norms_and_activations_are_in_the_kernels_of_8_bit_layers(self, launches: list[str]) -> None:
+        config = ClipConfig(
+            hidden_size=128, intermediate_size=200, num_layers=1, num_heads=2, image_size=28, patch_size=14,
+            hidden_act="quick_gelu", layer_norm_eps=1e-5,
+        )  # fmt: skip
+        with torch.inference_mode(), DEVICE:
+            layer = ClipLayer(config)
+            quantised([layer], 8)
+            out, _ = layer(torch.empty(2, 5, 128), score=False)
+        assert out.shape == (2, 5, 128)
+        rows = [line for line in launches if line.startswith("_quantize_rows")]
+        assert [(line.count("'NORM': '1'"), line.count("'NORM': '0'")) for line in rows] == [
+            (1, 0),
+            (0, 1),
+            (1, 0),
+            (0, 1),
+        ]
+        products = [line for line in launches if line.startswith("_int8_linear")]
+        assert [line.count("'ACTIVATION': '2'") for line in products] == [0, 0, 1, 0]
+        assert len(launches) == 8
+        assert "'OUT': '208'" in rows[3]  # 200 inputs in rows of whole 16 bytes
 
     def test_a_graph_is_captured_anew_when_it_no_longer_fits(
         self, model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsevila.kernels import w8a8 as module
-from sparsevila.kernels.quantize_rows import quantize_rows, quantize_rows_ref
+from sparsevila.kernels.activation import ACTIVATIONS, activation, activation_ref
+from sparsevila.kernels.quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 from sparsevila.kernels.w8a8 import MAX_IN_FEATURES, pack_w8a8, w8a8, w8a8_ref
 
 # The int32 sum is exact; what is left are three float32 roundings and the one to x's dtype.
@@ -101,6 +102,57 @@ def test_against_the_definition(M, N, K, dtype, pack):
     size = want.abs().amax(-1, keepdim=True) + bias.double().abs().max()
     assert torch.isfinite(got).all()
     assert float(((got.double() - want).abs() / size).max()) < TOLERANCE[dtype]
+
+
+NORMS = ["layer", "rms"]
+
+
+def row_norm(kind: str, K: int, dtype: torch.dtype = torch.float32) -> RowNorm:
+    rng = torch.Generator().manual_seed(K)
+    weight, bias = ((torch.randn(K, generator=rng) * 0.3 + 1).to(dtype) for _ in range(2))
+    return RowNorm(weight, bias if kind == "layer" else None, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", NORMS)
+def test_rows_behind_a_norm(kind, dtype):
+    x, norm = inputs(7, 65, dtype), row_norm(kind, 65, dtype)
+    codes, scales = quantize_rows(x, norm, width=80)
+    want, want_scales = quantize_rows_ref(x, norm, width=80)
+    assert codes.shape == want.shape == (7, 80)
+    assert not codes[:, 65:].any()
+    # The norm is rounded to x's dtype: where that falls the other way, a scale moves by that much and a code by one.
+    assert torch.allclose(scales, want_scales, rtol={torch.float32: 1e-5}.get(dtype, 2**-7), atol=0)
+    assert (codes.int() - want.int()).abs().max() <= 1
+    assert (codes != want).float().mean() < 0.2
+    assert error(codes * scales[:, None], torch.nn.functional.pad(norm(x), (0, 15)).double()) < 0.02
+
+
+@pytest.mark.parametrize("act", ["", *ACTIVATIONS])
+@pytest.mark.parametrize("kind", ["", *NORMS])
+@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+def test_norm_and_activation_are_those_that_stand_apart(pack, kind, act):
+    x, (codes, scales) = inputs(17, 100), weights(24, 100)
+    scales = scales * 0.1
+    bias, norm = torch.randn(24, generator=torch.Generator().manual_seed(0)), row_norm(kind, 100) if kind else None
+    got = w8a8(x, pack(codes), scales, bias, norm=norm, act=act)
+    plain = w8a8(x if norm is None else norm(x), pack(codes), scales, bias)
+    size = plain.abs().amax()
+    assert float((got - (activation(plain, act) if act else plain)).abs().max() / size) < (2e-2 if kind else 1e-6)
+    want = w8a8_ref(x, codes, scales, bias, norm=norm, act=act)
+    assert float((got - want).abs().max() / size) < (2e-2 if kind else 1e-6)  # a code that a norm's rounding moves
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations(act, dtype):
+    x = (torch.linspace(-6, 6, 97)).to(dtype)
+    want = activation_ref(x, act)
+    assert float((activation(x, act).double() - want).abs().max()) < 8 * TOLERANCE[dtype]
+    for other in set(ACTIVATIONS) - {act}:
+        assert float((activation_ref(x, other) - want).abs().max()) > 2e-4
+    with pytest.raises(ValueError, match="expected one of"):
+        activation(x, "relu6")
 
 
 def test_against_the_product_of_floats():

@@ -16,7 +16,7 @@ from sparsevila.kernels.gpu.decode_attention import CHUNK, decode_attention
 from sparsevila.kernels.gpu.extend_attention import num_shares
 from sparsevila.kernels.gpu.gather import gather
 from sparsevila.kernels.gpu.int4_linear import dequantised, few_tokens, pack_scales, pack_words, unpack_words
-from sparsevila.kernels.gpu.int8_linear import int8_linear
+from sparsevila.kernels.gpu.int8_linear import int8_linear, padded, with_padding
 from sparsevila.kernels.gpu.quantize_rows import quantize_rows
 from sparsevila.kernels.gpu.rms_norm import rms_norm
 from sparsevila.kernels.gpu.rope_append import rope_append
@@ -28,6 +28,7 @@ from sparsevila.kernels.rms_norm import rms_norm_ref
 from sparsevila.kernels.rope import rope
 from sparsevila.kernels.saliency import saliency, saliency_ref
 from sparsevila.kernels.top_k import top_k, top_k_ref
+from sparsevila.kernels.w8a8 import pack_w8a8
 
 # Relative to the largest value: one rounding of the result, or two.
 STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
@@ -275,18 +276,33 @@ def test_quantised_norm(norm: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(3, 70, 100), (50, 130, 172), (150, 66, 300), (129, 129, 1)])
-@pytest.mark.parametrize("activation", ["", "gelu", "quick_gelu", "silu"])
+@pytest.mark.parametrize("activation", ["", "gelu", "quick_gelu", "silu", "gelu_pytorch_tanh"])
 def test_int8_linear(M: int, N: int, K: int, activation: str, dtype: torch.dtype, device: str) -> None:
     rng = torch.Generator().manual_seed(M)
     a, w = (torch.randint(-127, 128, (n, K), generator=rng, dtype=torch.int8).to(device) for n in (M, N))
     act_scales, scales = ((torch.rand(n, generator=rng) * 0.02).to(device) for n in (M, N))
     bias = rand(N, dtype=dtype, device=device)
     apply = {"": lambda v: v, "gelu": F.gelu, "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v), "silu": F.silu}
+    apply["gelu_pytorch_tanh"] = lambda v: F.gelu(v, approximate="tanh")
     plain = (a.double() @ w.double().t()) * act_scales[:, None].double() * scales.double()
     for own in (bias, None):
-        got = int8_linear(a, act_scales, w, scales, own, dtype, activation)
+        got = int8_linear(padded(a), act_scales, padded(w), scales, own, dtype, activation)
         want = apply[activation](plain + (0 if own is None else own.double()))
         assert error(got, want) < STEP[dtype]
+
+
+@pytest.mark.parametrize("K", [1, 48, 3420])
+def test_rows_are_padded_once(K: int, device: str) -> None:
+    codes = torch.randint(-127, 128, (5, K), dtype=torch.int8, device=device)
+    packed, ones = pack_w8a8(codes), torch.ones(5, device=device)
+    assert torch.equal(packed, codes)
+    whole = with_padding(packed)
+    assert whole.data_ptr() == packed.data_ptr()
+    assert whole.shape[1] % 16 == 0
+    assert not whole[:, K:].any()
+    assert torch.equal(with_padding(codes), whole)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        int8_linear(codes[:, :1], ones, codes[:, :1], ones, None, torch.float16)
 
 
 def test_the_sums_are_exact(device: str) -> None:
