@@ -13,9 +13,11 @@ from torch import Tensor
 
 from sparsevila import CorruptCheckpoint, UnsupportedModel
 from sparsevila.models.checkpoint import Checkpoint, ConfigReader
+from sparsevila.models.interface import VisualInputs
 from sparsevila.models.radio import RadioConfig, RadioTower, rename_radio
 from sparsevila.models.siglip import PixelScale
 from sparsevila.models.weights import load_weights
+from sparsevila.quant.awq import fold_scales
 
 CPU = torch.device("cpu")
 UNIT = PixelScale((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -120,3 +122,38 @@ def test_what_is_not_computed_is_refused_by_name(pair, key, value):
     config = json.loads((pair[1] / "config.json").read_text()) | {key: value}
     with pytest.raises(UnsupportedModel, match=key):
         RadioConfig.from_hf(ConfigReader(config), [])
+
+
+@pytest.mark.parametrize("which", ["released", "in memory"])
+@torch.inference_mode()
+def test_folding_scales_leaves_the_tower_as_it_was(pair, tmp_path, which):
+    """Also where q, k and v are one tensor, of which the values are the last third."""
+    hf, folder = pair
+    tower = load(folder if which == "released" else rewritten(folder, tmp_path, dict(hf.state_dict())))
+    pixels = torch.arange(2 * 3 * 32 * 32).view(2, 3, 32, 32).remainder(241).to(torch.uint8)
+    before = tower(pixels)
+    rng = torch.Generator().manual_seed(3)
+    for layer in tower.blocks:
+        for group in layer.scale_groups():
+            if group.previous is None:
+                continue
+            layers = list(group.layers.values())
+            scales = 4 ** (2 * torch.rand(layers[0].in_features, generator=rng) - 1)
+            fold_scales(group.previous, layers, scales, rows=group.rows, heads=group.heads, name=group.name)
+    assert len(tower.layer(0).self_attn.qkv_proj.parts) == (0 if which == "released" else 3)
+    for now, then in zip(tower(pixels), before, strict=True):
+        assert relative(now, then) < 2e-5
+
+
+@torch.inference_mode()
+def test_the_layers_one_by_one_are_the_tower(pair):
+    """What the quantiser does with it."""
+    tower = load(pair[1])
+    tiles = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).remainder(251).to(torch.uint8)
+    media = [VisualInputs("image", tiles, (), None)]  # type: ignore[arg-type]
+    (batch,) = tower.batches(media, 2)
+    hidden = batch.hidden
+    for i, layer in enumerate(tower.blocks):
+        hidden = batch.run(layer, i, hidden)
+    prefix = SHAPE["num_cls_tokens"] + SHAPE["num_registers"]
+    assert relative(hidden[:, prefix:], tower(tiles[:2])[0]) < 1e-6
