@@ -228,6 +228,8 @@ def _pooling(top: ConfigReader, key: str) -> tuple[int, int, int]:
 
 def _newline_id(language: Checkpoint, vocab_size: int) -> int:
     """The id of "\\n", whose embedding ends every picture; one byte is one piece of a byte-level vocabulary."""
+    if language.has("tokenizer.model"):  # which would be taken before the others
+        raise UnsupportedModel("llm/tokenizer.model: expected a byte-level vocabulary, got a SentencePiece model")
     file = "tokenizer.json" if language.has("tokenizer.json") else "vocab.json"
     values: Any = language.read_json(file, max_bytes=MAX_TOKENIZER_BYTES) or {}
     if file == "tokenizer.json":

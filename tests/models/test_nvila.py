@@ -779,6 +779,9 @@ class TestFolders:
         (folder / "llm" / "vocab.json").write_text(json.dumps({k: v for k, v in vocab.items() if k != "\u010a"}))
         with pytest.raises(UnsupportedModel, match=r"llm/vocab\.json: expected a byte-level vocabulary"):
             load(folder)
+        (folder / "llm" / "tokenizer.model").write_bytes(b"")
+        with pytest.raises(UnsupportedModel, match=r"llm/tokenizer\.model: expected a byte-level vocabulary"):
+            load(folder)
 
 
 @pytest.mark.parametrize(
