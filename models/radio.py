@@ -155,7 +155,7 @@ class RadioLayer(ClipLayer):
         """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32."""
         attended, scores = self.attend(x, score=score)
         x = x + self.layer_scale1(attended)
-        return x + self.layer_scale2(self.mlp(self.layer_norm2(x))), scores
+        return x + self.layer_scale2(self.mlp(x, self.layer_norm2)), scores
 
     def raters(self, q: Tensor) -> Tensor:
         """The rows of the summary tokens, all of them; registers are no summary (arXiv 2510.17777, section 3.1)."""
