@@ -707,6 +707,13 @@ class ConfigReader:
             self.fail(key, f"a list of whole numbers from {low} to {high}")
         return tuple(values)
 
+    def get_triple(self, key: Key, default: Sequence[float]) -> tuple[float, float, float]:
+        """Three numbers, one a colour."""
+        values = self.get_list(key, default)
+        if len(values) != 3 or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+            self.fail(key, "three numbers")
+        return float(values[0]), float(values[1]), float(values[2])
+
     def _get(self, key: Key, default: Any) -> Any:
         found = [name for name in _spellings(key) if name in self.values]
         if not found:

@@ -84,20 +84,12 @@ class LlavaNextConfig:
             feature_layer=top.get_int("vision_feature_layer", default=-2, low=-256, high=256),
             projector_act=top.get_str("projector_hidden_act", default="gelu", choices=tuple(ACTIVATIONS)),
             pinpoints=pinpoints,
-            image_mean=three_numbers(pre, "image_mean", _CLIP_MEAN),
-            image_std=three_numbers(pre, "image_std", _CLIP_STD),
+            image_mean=pre.get_triple("image_mean", _CLIP_MEAN),
+            image_std=pre.get_triple("image_std", _CLIP_STD),
             rescale_factor=pre.get_float("rescale_factor", default=1 / 255, low=0.0),
             pool_stride=top.get_int("spatial_pool_stride", default=2, low=1, high=vision.grid) if is_video else 2,
             media_tokens=_media_tokens(top, is_video),
         )
-
-
-def three_numbers(reader: ConfigReader, key: str, default: list[float]) -> tuple[float, float, float]:
-    """One number a colour. Raises CorruptCheckpoint."""
-    value = reader.get_list(key, default=default)
-    if len(value) != 3 or not all(isinstance(x, (int, float)) for x in value):
-        raise CorruptCheckpoint(f"preprocessor_config.json: {key}: expected three numbers, got {value!r:.100}")
-    return float(value[0]), float(value[1]), float(value[2])
 
 
 def _media_tokens(top: ConfigReader, is_video: bool) -> dict[str, int]:

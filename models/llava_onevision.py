@@ -1,6 +1,6 @@
 """LLaVA-OneVision: a SigLIP tower, a projector for each token, a Qwen2 decoder, pictures of any resolution.
 
-From top to bottom: config, tensor names, the model, prompt. What it shares with LLaVA-NeXT is imported from there.
+From top to bottom: config, tensor names, the model. What it shares with LLaVA-NeXT is imported from there.
 Features are those behind the projector: frames of a video, and pictures of very many tiles, are scaled down there.
 Sources: Li et al., arXiv 2408.03326; layout of transformers' LlavaOnevisionForConditionalGeneration.
 """
@@ -21,6 +21,7 @@ from ..errors import CorruptCheckpoint, UnsupportedModel
 from ..quant.linear import Linear
 from .anyres import Anyres, Pinpoints, Tile, grid_boxes, patch_sources, read_pinpoints
 from .blocks import ACTIVATIONS
+from .chatml import ChatMLPrompt
 from .checkpoint import Checkpoint, ConfigReader
 from .clip import ClipConfig
 from .decoder import Decoder, DecoderConfig
@@ -30,14 +31,12 @@ from .interface import (
     Progress,
     ProgressFn,
     PromptFormat,
-    PromptPiece,
-    Special,
     TokenMap,
     VisualInputs,
     VisualTokens,
     no_progress,
 )
-from .llava_next import rename, three_numbers
+from .llava_next import rename
 from .positions import ContiguousPositions
 from .siglip import PixelScale, SiglipTower, rename_siglip, siglip_config
 from .vision_tower import VisionTower
@@ -94,8 +93,8 @@ class OnevisionConfig:
             pinpoints=pinpoints,
             max_tiles=_max_tiles(top),
             scale=PixelScale(
-                three_numbers(pre, "image_mean", _CLIP_MEAN),
-                three_numbers(pre, "image_std", _CLIP_STD),
+                pre.get_triple("image_mean", _CLIP_MEAN),
+                pre.get_triple("image_std", _CLIP_STD),
                 pre.get_float("rescale_factor", default=1 / 255, low=0.0),
             ),
             media_tokens={
@@ -131,7 +130,7 @@ class LlavaOnevision(ContiguousPositions, nn.Module):
         )
         self.image_newline = nn.Parameter(torch.empty(hidden), requires_grad=False)
         self.language_model = Decoder(config.text)
-        self.prompt: PromptFormat = OnevisionPrompt()
+        self.prompt: PromptFormat = ChatMLPrompt(behind_media="\n")
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint) -> LlavaOnevision:
@@ -268,29 +267,3 @@ def _resized(x: Tensor, grid: int, side: int) -> Tensor:
     """x (frames, grid * grid, C) -> (frames, side * side, C), bilinear."""
     square = x.transpose(1, 2).unflatten(2, (grid, grid))
     return F.interpolate(square, (side, side), mode="bilinear").flatten(2).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class OnevisionPrompt:
-    """`<|im_start|>user\\n<image>\\nQ<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>\\n`; no system text."""
-
-    def opening(self, *, first: bool, system: str | None) -> list[PromptPiece]:
-        begin = _turn("user")
-        return [*_turn("system"), system, *_end(), *begin] if first and system else begin
-
-    def between_media(self) -> list[PromptPiece]:
-        return ["\n"]
-
-    def question(self, text: str, *, after_media: bool) -> list[PromptPiece]:
-        return [("\n" if after_media else "") + text, *_end(), *_turn("assistant")]
-
-    def closing(self) -> list[PromptPiece]:
-        return _end()
-
-
-def _turn(role: str) -> list[PromptPiece]:
-    return [Special("<|im_start|>"), f"{role}\n"]
-
-
-def _end() -> list[PromptPiece]:
-    return [Special("<|im_end|>"), "\n"]

@@ -1,7 +1,7 @@
 """NVILA and LongVILA: a SigLIP (or RADIO) tower, a projector that joins patches, a Qwen2 decoder.
 
 A checkpoint is a folder of sub-models: `llm/`, `vision_tower/`, `mm_projector/`.
-From top to bottom: config, tensor names, preprocessing, the model, prompt.
+From top to bottom: config, tensor names, preprocessing, the model.
 The time tokens of NVILA-8B-Video are words of its tokenizer, which it writes as text: `<t12>`, of 100 parts of a clip.
 Sources: Liu et al., arXiv 2412.04468 (NVILA); Chen et al., arXiv 2408.10188 (LongVILA); NVlabs/VILA for the layout, the
 tiles and the order of tokens.
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import CorruptCheckpoint, UnsupportedModel
+from .chatml import ChatMLPrompt
 from .checkpoint import MAX_TOKENIZER_BYTES, Checkpoint, ConfigReader, parse_json, shown
 from .clip import ClipConfig
 from .decoder import Decoder, DecoderConfig
@@ -30,8 +31,6 @@ from .interface import (
     Progress,
     ProgressFn,
     PromptFormat,
-    PromptPiece,
-    Special,
     TokenMap,
     VisualInputs,
     VisualTokens,
@@ -47,6 +46,7 @@ _MAX_TILES = 64
 _PADDED_SIDE = 8192  # pixels: a square of 201 MB
 _NEWLINE_PIECE = "\u010a"  # how a byte-level vocabulary writes the byte of "\n"
 _BICUBIC = 3  # Pillow's number in preprocessor configs
+_HALF = (0.5, 0.5, 0.5)
 _SYSTEM = "You are a helpful assistant"  # of Qwen2's first template and of VILA's own, which have no full stop
 _SYSTEM_IN_TEMPLATE = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]{1,1000})<\|im_end\|>")
 
@@ -124,14 +124,7 @@ def _tower_config(checkpoint: Checkpoint) -> tuple[ClipConfig | RadioConfig, Pix
     for key in ("height", "width"):
         if size.get_int(key, default=vision.image_size) != vision.image_size:
             size.fail(key, f"{vision.image_size} as in {reader.file}")
-    return vision, PixelScale(_triple(pre, "image_mean"), _triple(pre, "image_std"), factor)
-
-
-def _triple(reader: ConfigReader, key: str) -> tuple[float, float, float]:
-    value = reader.get_list(key, default=[0.5, 0.5, 0.5])
-    if len(value) != 3 or not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value):
-        reader.fail(key, "three numbers")
-    return float(value[0]), float(value[1]), float(value[2])
+    return vision, PixelScale(pre.get_triple("image_mean", _HALF), pre.get_triple("image_std", _HALF), factor)
 
 
 def _scales(top: ConfigReader, aspect: str, image_size: int) -> tuple[tuple[int, ...], int]:
@@ -296,7 +289,7 @@ class Nvila(ContiguousPositions, nn.Module):
         width = config.vision.hidden_size * len(config.scales)
         self.mm_projector = Projector(config.projector, width, config.text.hidden_size)
         self.language_model = Decoder(config.text)
-        self.prompt: PromptFormat = QwenPrompt(config.system)
+        self.prompt: PromptFormat = ChatMLPrompt(config.system)
         if any(self.mm_projector.tokens_of_side(config.vision.grid) % block for block in config.pool[1:]):
             side = self.mm_projector.tokens_of_side(config.vision.grid)
             raise UnsupportedModel(f"config.json: video_encoder.pool_sizes: expected divisors of {side} tokens a side")
@@ -582,28 +575,3 @@ def _map(boxes: Tensor, frames: Tensor, *, newlines: int) -> TokenMap:
         structural=(torch.arange(length) >= count).repeat(units),
         line=torch.arange(units, dtype=torch.int32).repeat_interleave(length),
     )
-
-
-@dataclass(frozen=True)
-class QwenPrompt:
-    """`<|im_start|>system ... <|im_start|>user\\n<media>Q<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>\\n`.
-
-    Media stand in the order in which they were given, with nothing around them.
-    """
-
-    system: str = _SYSTEM
-
-    def opening(self, *, first: bool, system: str | None) -> list[PromptPiece]:
-        user: list[PromptPiece] = [Special("<|im_start|>"), "user\n"]
-        if not first:
-            return user
-        return [Special("<|im_start|>"), f"system\n{system or self.system}", Special("<|im_end|>"), "\n", *user]
-
-    def between_media(self) -> list[PromptPiece]:
-        return []
-
-    def question(self, text: str, *, after_media: bool) -> list[PromptPiece]:
-        return [text, Special("<|im_end|>"), "\n", Special("<|im_start|>"), "assistant\n"]
-
-    def closing(self) -> list[PromptPiece]:
-        return [Special("<|im_end|>"), "\n"]

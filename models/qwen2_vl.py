@@ -1,6 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL: pictures of any size, video in pairs of frames, positions of three axes.
 
-From top to bottom: config, tensor names, preprocessing, the model, positions, the prompt.
+From top to bottom: config, tensor names, preprocessing, the model, positions.
 Sources: arXiv 2409.12191 (Qwen2-VL) and arXiv 2502.13923 (Qwen2.5-VL); layout of transformers'
 Qwen2VLForConditionalGeneration and Qwen2_5_VLForConditionalGeneration.
 
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import CorruptCheckpoint, ImageTooNarrow, InvalidRequest
+from .chatml import ChatMLPrompt
 from .checkpoint import Checkpoint, ConfigReader
 from .decoder import Decoder, DecoderConfig
 from .interface import (
@@ -29,8 +30,6 @@ from .interface import (
     Progress,
     ProgressFn,
     PromptFormat,
-    PromptPiece,
-    Special,
     TokenGrid,
     TokenMap,
     VisualInputs,
@@ -122,8 +121,8 @@ class Qwen2VLConfig:
             tokens_per_second=tokens_per_second if second else None,
             image_limits=PixelLimits.from_hf(image, _IMAGE_LIMITS),
             video_limits=PixelLimits.from_hf(video, _VIDEO_LIMITS),
-            image_mean=_triple(image, "image_mean", _CLIP_MEAN),
-            image_std=_triple(image, "image_std", _CLIP_STD),
+            image_mean=image.get_triple("image_mean", _CLIP_MEAN),
+            image_std=image.get_triple("image_std", _CLIP_STD),
             rescale_factor=image.get_float("rescale_factor", default=1 / 255, low=0.0),
             media_tokens={
                 "<|vision_start|>": _token_id(top, "vision_start", 151652),
@@ -185,13 +184,6 @@ def _check_patches(pre: ConfigReader, vision: QwenVitConfig) -> None:
             pre.fail(key, f"{expected}, as config.json has it")
 
 
-def _triple(reader: ConfigReader, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    value = reader.get_list(key, default=default)
-    if len(value) != 3 or not all(isinstance(x, (int, float)) for x in value):
-        reader.fail(key, "three numbers")
-    return tuple(float(x) for x in value)
-
-
 def rename(name: str) -> str | None:
     """Checkpoint name -> ours, for both naming schemes; None for what is known and not needed.
 
@@ -251,7 +243,7 @@ class Qwen2VL(nn.Module):
         self.positions = positions
         self.visual = QwenVit(config.vision)
         self.language_model = Decoder(config.text)
-        self.prompt: PromptFormat = QwenPrompt()
+        self.prompt: PromptFormat = ChatMLPrompt("You are a helpful assistant.")
 
     @staticmethod
     def from_checkpoint(checkpoint: Checkpoint, *, positions: PositionPolicy = "regrid") -> Qwen2VL:
@@ -480,27 +472,3 @@ def _seconds_per_patch(frames: Frames, temporal_patch_size: int) -> float:
     if frames.kind == "image" or gaps < 1:
         return 0.0
     return temporal_patch_size * float(frames.timestamps[-1] - frames.timestamps[0]) / gaps
-
-
-@dataclass(frozen=True)
-class QwenPrompt:
-    """`<|im_start|>user\\n<|vision_start|>...<|vision_end|>Q<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>\\n`.
-
-    As the checkpoint's chat template writes it; the markers of a picture belong to its tokens.
-    """
-
-    def opening(self, *, first: bool, system: str | None) -> list[PromptPiece]:
-        user: list[PromptPiece] = [Special("<|im_start|>"), "user\n"]
-        if not first:
-            return user
-        text = system or "You are a helpful assistant."
-        return [Special("<|im_start|>"), f"system\n{text}", Special("<|im_end|>"), "\n", *user]
-
-    def between_media(self) -> list[PromptPiece]:
-        return []
-
-    def question(self, text: str, *, after_media: bool) -> list[PromptPiece]:
-        return [text, Special("<|im_end|>"), "\n", Special("<|im_start|>"), "assistant\n"]
-
-    def closing(self) -> list[PromptPiece]:
-        return [Special("<|im_end|>"), "\n"]

@@ -12,9 +12,10 @@ from tiny_onevision import MAX_TILES, PINPOINTS, SIDE, SPECIAL_IDS, OnevisionOra
 from sparsevila import UnsupportedModel
 from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
+from sparsevila.models.chatml import ChatMLPrompt
 from sparsevila.models.checkpoint import Checkpoint
 from sparsevila.models.interface import Frames, Special, VisualInputs
-from sparsevila.models.llava_onevision import OnevisionConfig, OnevisionPrompt
+from sparsevila.models.llava_onevision import OnevisionConfig
 from sparsevila.models.registry import load_model
 
 SIZES = [(50, 50), (31, 77), (77, 31), (200, 90), (113, 112), (40, 300), (9, 8), (190, 210), (500, 480), (60, 1)]
@@ -175,7 +176,7 @@ class TestAgainstTransformers:
 
 def test_the_prompt_is_the_template() -> None:
     """`chat_template.json` of llava-hf/llava-onevision-qwen2-7b-ov-hf, by hand; media before the text."""
-    prompt = OnevisionPrompt()
+    prompt = ChatMLPrompt(behind_media="\n")
     pieces = [
         *prompt.opening(first=True, system=None), "<image>", *prompt.question("Q?", after_media=True), "A",
         *prompt.closing(), *prompt.opening(first=False, system=None), *prompt.question("R?", after_media=False),
