@@ -8,6 +8,7 @@ Source: LLaVA-NeXT, llava-vl.github.io/blog/2024-01-30-llava-next; sizes as in t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,8 +143,12 @@ def grid_boxes(rows: int, cols: int) -> Tensor:
     return torch.stack([y / rows, x / cols, (y + 1) / rows, (x + 1) / cols], dim=1)
 
 
-def patch_sources(tile_cols: int, top: int, left: int, rows: int, cols: int, grid: int) -> Tensor:
-    """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline."""
+def patch_sources(layout: Sequence[int], grid: int) -> Tensor:
+    """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline.
+
+    layout: tiles of a row, first patch row and column, patch rows and columns.
+    """
+    tile_cols, top, left, rows, cols = layout
     y = torch.arange(top, top + rows)[:, None]
     x = torch.arange(left, left + cols)[None, :]
     tile = 1 + (y // grid) * tile_cols + x // grid

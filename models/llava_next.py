@@ -275,7 +275,7 @@ class LlavaNext(ContiguousPositions, nn.Module):
 
     def token_sources(self, layout: tuple[int, ...]) -> Tensor:
         """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline."""
-        return patch_sources(*layout, self.config.vision.grid)
+        return patch_sources(layout, self.config.vision.grid)
 
     def embed_visual(self, tokens: VisualTokens) -> Tensor:
         """Projector: features (N, D) -> (N, hidden_size); structural tokens become the newline."""

@@ -244,7 +244,7 @@ class LlavaOnevision(ContiguousPositions, nn.Module):
     def _in_lines(self, x: Tensor, layout: tuple[int, ...]) -> Tensor:
         """x (tiles * patches, C) -> (N, C) in reading order, padding cut away, scaled down, zeros for newlines."""
         *unpadded, rows, cols = layout
-        source = patch_sources(*unpadded, self.config.vision.grid).to(x.device)
+        source = patch_sources(unpadded, self.config.vision.grid).to(x.device)
         base = self.config.vision.grid**2
         whole, lines = source[:base], source[base:].view(unpadded[-2], unpadded[-1] + 1)[:, :-1]
         grid = x[lines]  # (rows before, cols before, C)
