@@ -45,7 +45,9 @@ class AngleTable:
 class DecodeStep:
     """The buffers of one cache's steps and, on a GPU, the graph. Holds no reference to the cache."""
 
-    def __init__(self, model: VisionLanguageModel, angles: AngleTable, device: torch.device) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, angles: AngleTable, device: torch.device, *, graphs: bool = False
+    ) -> None:
         self._decoder, self._angles = model.decoder, angles
         self._token, self._position, self._index, self.chosen = (
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)
@@ -53,7 +55,7 @@ class DecodeStep:
         self._dice = torch.zeros(_LEAST_DICE, dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: tuple[object, ...] = ()  # what the graph was captured for
-        self._graphs = device.type == "cuda"
+        self._graphs = graphs
         self.warmup_s = 0.0  # spent on compiling and capturing, ever
 
     def begin(self, cache: KVCache, sampler: Sampler | None = None, limit: int = 1) -> None:

@@ -91,6 +91,7 @@ class Runner:
         self.decoder = model.decoder
         self.chunk_tokens = chunk_tokens
         self.runs_ahead = self.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self.graphs = self.device.type == "cuda"  # of caches that have not decoded yet; off for comparisons
         self._angles = AngleTable(model, self.device)
         self._steps: WeakKeyDictionary[KVCache, DecodeStep] = WeakKeyDictionary()
 
@@ -267,7 +268,7 @@ class Runner:
 
     def _step_of(self, cache: KVCache) -> DecodeStep:
         if cache not in self._steps:
-            self._steps[cache] = DecodeStep(self.model, self._angles, self.device)
+            self._steps[cache] = DecodeStep(self.model, self._angles, self.device, graphs=self.graphs)
         return self._steps[cache]
 
     @torch.inference_mode()
