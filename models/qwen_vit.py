@@ -32,8 +32,8 @@ from .checkpoint import ConfigReader
 MAX_LAYERS = 256
 _CHANNELS = 3
 _NORM_EPS = 1e-6  # no config states it
-_ROWS_PER_MLP = 8192  # a picture of 61,204 patches would need 0.8 GB for the gate in bfloat16
-_SCORES_AT_ONCE = 1 << 24  # floats of one tile of the saliency pass, which has 256 rows a head
+_ROWS_PER_MLP = 4096  # a picture of 61,204 patches would need 0.8 GB for the gate in bfloat16
+_SCORES_AT_ONCE = 1 << 20  # floats of a tile of the saliency pass, 256 rows a head: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,14 @@ class QwenVitLayer(ScaledBlock):
 
         That is the mean over heads and all rows of the frame, (F, S) float32; only for a layer that sees the frame.
         """
-        frames, patches, size = x.shape
+        attended, scores = self._attend(x, layout, score=score)
+        x = x + self.attn.proj(attended)
+        rows = x.flatten(0, 1)
+        added = torch.cat([self.mlp(self.norm2(part)) for part in rows.split(_ROWS_PER_MLP)])
+        return (rows + added).view(x.shape), scores
+
+    def _attend(self, x: Tensor, layout: FrameLayout, *, score: bool) -> tuple[Tensor, Tensor | None]:
+        """What every patch attends to, (F, S, hidden), and the scores; queries, keys and values go when it returns."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.attn.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (F, heads, S, head_dim)
         q, k = _rotated(q, layout), _rotated(k, layout)
@@ -264,10 +271,7 @@ class QwenVitLayer(ScaledBlock):
             attended = F.scaled_dot_product_attention(q, k, v)
         else:
             attended = _windowed_attention(q, k, v, layout.windows)
-        x = x + self.attn.proj(attended.transpose(1, 2).reshape(frames, patches, size))
-        rows = x.flatten(0, 1)
-        added = torch.cat([self.mlp(self.norm2(part)) for part in rows.split(_ROWS_PER_MLP)])
-        return (rows + added).view(x.shape), scores
+        return attended.transpose(1, 2).flatten(2), scores
 
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Norms feed qkv and the MLP, values reach proj as weighted means; silu(gate) * up is linear in up."""
@@ -309,9 +313,10 @@ def _scored_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _received(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    """Mean attention that each key of one frame receives, (S,); as many heads at a time as memory allows."""
+    """Mean attention that each key of one frame receives, (S,) float32."""
     num_heads, patches, _ = q.shape
-    step = max(1, _SCORES_AT_ONCE // (256 * patches))
+    # A few heads at a time where the op has such a tile; on a GPU it has none, and wants all heads.
+    step = num_heads if q.is_cuda else max(1, _SCORES_AT_ONCE // (256 * patches))
     total = torch.zeros(patches, device=q.device)
     for first in range(0, num_heads, step):
         heads = slice(first, first + step)
