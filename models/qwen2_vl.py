@@ -125,10 +125,10 @@ class Qwen2VLConfig:
             image_std=image.get_triple("image_std", _CLIP_STD),
             rescale_factor=image.get_float("rescale_factor", default=1 / 255, low=0.0),
             media_tokens={
-                "<|vision_start|>": _token_id(top, "vision_start", 151652),
-                "<|vision_end|>": _token_id(top, "vision_end", 151653),
-                "<|image_pad|>": _token_id(top, "image", 151655),
-                "<|video_pad|>": _token_id(top, "video", 151656),
+                "<|vision_start|>": _token_id(top, "vision_start", 151652, text.vocab_size),
+                "<|vision_end|>": _token_id(top, "vision_end", 151653, text.vocab_size),
+                "<|image_pad|>": _token_id(top, "image", 151655, 1 << 24),  # never looked up in the embedding
+                "<|video_pad|>": _token_id(top, "video", 151656, 1 << 24),
             },
         )
 
@@ -150,8 +150,8 @@ def _text_config(top: ConfigReader, model_type: str) -> DecoderConfig:
     return replace(DecoderConfig.from_hf(text, model_type=model_type), tie_word_embeddings=any(tied))
 
 
-def _token_id(top: ConfigReader, kind: str, default: int) -> int:
-    return top.get_int(f"{kind}_token_id", default=default, low=0, high=1 << 24)
+def _token_id(top: ConfigReader, kind: str, default: int, num_ids: int) -> int:
+    return top.get_int(f"{kind}_token_id", default=default, low=0, high=num_ids - 1)
 
 
 def _preprocessors(checkpoint: Checkpoint) -> tuple[ConfigReader, ConfigReader]:

@@ -578,6 +578,7 @@ class TestConfig:
             ({}, {"preprocessor_config": {"min_pixels": 9, "max_pixels": 8}}, "min_pixels: expected at most"),
             ({}, {"preprocessor_config": {"image_mean": [1, 2]}}, "image_mean: expected three numbers"),
             ({"vision_start_token_id": -1}, {}, "vision_start_token_id: expected a whole number"),
+            ({"vision_end_token_id": 334}, {}, "vision_end_token_id: expected a whole number from 0 to 333, got 334"),
             ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, {}, "of the sum 8, half of head_dim"),
             ({"rope_scaling": {"type": "longrope", "mrope_section": [2, 3, 3]}}, {}, "rope type 'longrope'"),
             ({"vision_config": {**TINY_25["vision_config"], "fullatt_block_indexes": [9]}}, {}, "one of the 4 layers"),
