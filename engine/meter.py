@@ -25,10 +25,12 @@ class Meter:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to `<stage>_s`."""
+        """Adds the time of the block to `<stage>_s`, up to where a GPU has done what it was given."""
         start = self._clock()
         try:
             yield
+            if _uses_cuda():
+                torch.cuda.synchronize()
         finally:
             self.add(f"{stage}_s", self._clock() - start)
 
@@ -63,9 +65,13 @@ class Meter:
         return replace(self._stats, tokens_per_s=rate, peak_memory_bytes=peak_memory_bytes())
 
 
+def _uses_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
 def peak_memory_bytes() -> int:
     """Peak of the device's allocations, or of the process on a CPU; 0 where the system does not tell."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if _uses_cuda():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return 0

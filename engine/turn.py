@@ -164,7 +164,7 @@ class TurnDriver:
             return None
         active = None
         if scores is not None:
-            with self._meter.timed("retrieval"), self._engine.device_work(), torch.inference_mode():
+            with self._engine.device_work(), self._meter.timed("retrieval"), torch.inference_mode():
                 if bool(torch.stack([layer.isfinite().all() for layer in scores]).all()):  # one wait for all layers
                     active = self._method(state).on_turn(scores)
                 else:
@@ -186,7 +186,7 @@ class TurnDriver:
                 hint="raise the prefill sparsity, or clear the conversation",
             )
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
-        with self._meter.timed("prefill"), self._engine.device_work():
+        with self._engine.device_work(), self._meter.timed("prefill"):
             prefilled = self._engine.runner.prefill(
                 self._cache, spans, method=method, score=score, progress=progress or self.progress
             )

@@ -3,8 +3,10 @@
     python benchmarks/kernels/gpu.py [--json benchmarks/results/GPU-DATE.json] [--seconds 0.2] [--only retrieval ...]
 
 Runs the kernels' tests on the device first and stops where one fails. Then two ceilings (copy, bfloat16 product), and
-each kernel as milliseconds, as a fraction of its bound, and as times as fast as its peer. Inputs are random and rotated
-so that none is found in the L2 cache; calls are captured in a CUDA graph and replayed; median of the replays.
+each kernel as milliseconds, as a fraction of its bound, and as times as fast as its peers. Inputs are random and
+rotated so that none is found in the L2 cache; calls are captured in a CUDA graph and replayed; median of the replays. A
+kernel or a peer whose result is wrong has no time. At the end a random model of LLaVA-NeXT-7B's shape, W4A16 and W8A8,
+made on the device: dense against sparse, and the decode step replayed from a graph against the same step call by call.
 `--rehearse` runs everything at tiny sizes on the CPU, in Triton's interpreter, without times that mean anything.
 """
 
@@ -15,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,24 +25,35 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsevila import Image, SamplingParams, Sparsity
+from sparsevila.engine.config import Stats
+from sparsevila.kernels.attention import attention, merge_attention
 from sparsevila.kernels.gpu.column_sums import column_sums
 from sparsevila.kernels.gpu.decode_attention import decode_attention
+from sparsevila.kernels.gpu.extend_attention import extend_attention
 from sparsevila.kernels.gpu.gather import gather
-from sparsevila.kernels.gpu.int4_linear import dequantised, int4_linear, pack_scales, pack_words
+from sparsevila.kernels.gpu.int4_linear import dequantised, int4_linear, lop3_agrees, pack_scales, pack_words
 from sparsevila.kernels.gpu.int8_linear import int8_linear, padded
 from sparsevila.kernels.gpu.quantize_rows import quantize_rows
+from sparsevila.kernels.gpu.top_k import top_k
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from device_model import device_engine
 from environment import ROOT, describe
+from random_checkpoint import preset
 
 Call = Callable[[], object]
+Linear = Callable[[Tensor], Tensor]
 ROTATED_BYTES = 1 << 28  # of the inputs that take turns: several times the L2 cache of an H200
 REPLAYS = 20
 GROUP = 128
+WORST = 0.03  # error of a result that is timed, relative to the largest value
+QUESTION = "What happens in this picture, from the beginning to the end?"
 
 
 @dataclass(frozen=True)
@@ -50,10 +64,14 @@ class Row:
     shape: str
     ms: float
     peer: str
-    peer_ms: float | None
+    peer_ms: float | None  # None: not here, or wrong as it is called here (a line says which)
     bytes: float
     flop: float
     error: float  # relative to the largest value, against float64 or float32
+
+    def __post_init__(self) -> None:
+        if not self.error < WORST:
+            raise SystemExit(f"{self.kernel}, {self.shape}: error {self.error:.1e}, at most {WORST}: nothing is timed")
 
     def fraction(self, copy: float, product: float) -> float:
         """Of the bound that the ceilings (bytes a second, operations a second) set."""
@@ -162,6 +180,51 @@ def decode_rows(bench: Bench) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def question_rows(bench: Bench) -> Iterator[Row]:
+    for H, H_kv, M, N, D in (
+        (28, 4, 40, 16384, 128),
+        (28, 4, 40, 50176, 128),
+        (32, 32, 40, 2880, 128),
+        (28, 4, 300, 16384, 128),
+    ):
+        m, n = bench.size(M), bench.size(N)
+        q, own = bench.rand(H, m, D), (bench.rand(H_kv, m, D), bench.rand(H_kv, m, D))
+        stores = [(k, bench.rand(H_kv, n, D)) for k in bench.copies(bench.rand(H_kv, n, D))]
+        text = bench.rand(H_kv, 64, D), bench.rand(H_kv, 64, D)
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(stores[0], text, own, strict=True))
+        mask = torch.ones(m, n + 64 + m, dtype=torch.bool, device=bench.device).tril(n + 64)
+        exact = F.scaled_dot_product_attention(
+            q.float()[None], keys.float()[None], values.float()[None], attn_mask=mask, enable_gqa=True
+        )
+        off = error(extend_attention(q, *own, stores[0], text, D**-0.5)[0], exact[0])
+        calls: list[Call] = [partial(extend_attention, q, *own, store, text, D**-0.5) for store in stores]
+        peer: list[Call] = [partial(_by_parts, q, own, store, text) for store in stores]
+        yield Row(
+            "question", f"{H}/{H_kv} heads, {m} rows, {n} keys, d {D}", bench.ms(calls), "flash, joined",
+            bench.ms(peer), 2.0 * H_kv * (n + 64 + m) * D * q.element_size(), 4.0 * H * m * (n + 64 + m / 2) * D, off,
+        )  # fmt: skip
+
+
+def _by_parts(q: Tensor, own: tuple[Tensor, Tensor], a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
+    parts = [attention(q, *store, causal=False) for store in (a, b)]
+    merge_attention([*parts, attention(q, *own, causal=True)])
+
+
+def top_k_rows(bench: Bench) -> Iterator[Row]:
+    for L, N in ((28, 12544), (28, 50176), (32, 2880)):
+        n = bench.size(N)
+        k = max(1, n // 10)
+        scores = torch.rand(L, n, device=bench.device)
+        want = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        wrong = float((top_k(scores, k) != want).float().mean())
+        calls: list[Call] = [partial(top_k, each, k) for each in bench.copies(scores)]
+        peer: list[Call] = [partial(torch.topk, each, k, dim=1) for each in bench.copies(scores)]
+        yield Row(
+            "top-k", f"{L} rows, {k} of {n}", bench.ms(calls), "torch.topk", bench.ms(peer),
+            4.0 * L * n + 8.0 * L * k, 0.0, wrong,
+        )  # fmt: skip
+
+
 def saliency_rows(bench: Bench) -> Iterator[Row]:
     for B, H, M, D in ((8, 16, 729, 72), (16, 16, 1024, 80), (8, 16, 1024, 64)):
         m = bench.size(M)
@@ -189,18 +252,58 @@ def int4_rows(bench: Bench) -> Iterator[Row]:
         zeros = torch.randint(0, 16, (n, k // GROUP), device=bench.device, dtype=torch.uint8)
         words, packed = pack_words(codes), pack_scales(scales, zeros, k, GROUP)
         weight = dequantised(words, *packed, GROUP, k, bench.dtype)
+        lop3 = not bench.small and lop3_agrees(words, *packed, GROUP, k)
+        print(f"  (W4A16, {n} x {k}: the form with lop3 {'agrees' if lop3 else 'is not used'})")
         for T in (1, 4, 16, 64, 1024, 3072):
             t = min(T, 64) if bench.small else T
             x = bench.rand(t, k)
             want = x.float() @ weight.float().t()
-            off = error(int4_linear(x, words, *packed, GROUP, None), want)
-            calls: list[Call] = [partial(int4_linear, x, each, *packed, GROUP, None) for each in bench.copies(words)]
-            peer: list[Call] = [partial(F.linear, x, each) for each in bench.copies(weight)]
+            product = partial(int4_linear, lop3=lop3)
+            off = error(product(x, words, *packed, GROUP, None), want)
+            calls: list[Call] = [partial(product, x, each, *packed, GROUP, None) for each in bench.copies(words)]
+            dense: list[Call] = [partial(F.linear, x, each) for each in bench.copies(weight)]
             moved = n * k / 2 + packed[0].numel() * 3 + (t * k + t * n) * 2.0
-            yield Row(
-                "W4A16", f"{t} tokens, {n} x {k}", bench.ms(calls), "cuBLAS bf16", bench.ms(peer), moved,
-                2.0 * t * n * k, off,
-            )  # fmt: skip
+            ms, flop, shape = bench.ms(calls), 2.0 * t * n * k, f"{t} tokens, {n} x {k}"
+            yield Row("W4A16", shape, ms, "cuBLAS bf16", bench.ms(dense), moved, flop, off)
+            if lop3:
+                plain = partial(int4_linear, x, words, *packed, GROUP, None)
+                yield Row("W4A16", shape, ms, "without lop3", bench.ms([plain]), moved, flop, off)
+            if T <= 64 and not bench.small:
+                for name, make in (("torch int4", _tinygemm), ("gemlite", _gemlite)):
+                    theirs = _checked_peer(name, partial(make, codes, scales, zeros), x, want)
+                    peer_ms = None if theirs is None else bench.ms([partial(theirs, x)])
+                    yield Row("W4A16", shape, ms, name, peer_ms, moved, flop, off)
+
+
+def _checked_peer(name: str, make: Callable[[], Linear], x: Tensor, want: Tensor) -> Linear | None:
+    """A peer that computes what it should, or None and a line that says why not."""
+    try:
+        call = make()
+        off = error(call(x), want)
+    except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as reason:
+        print(f"  ({name} is not timed: {type(reason).__name__}: {str(reason).splitlines()[0]:.100})")
+        return None
+    if off < WORST:
+        return call
+    print(f"  ({name} is not timed: as it is called here its error is {off:.1e})")
+    return None
+
+
+def _tinygemm(codes: Tensor, scales: Tensor, zeros: Tensor) -> Linear:
+    """torch's int4 product on CUDA: w = (q - 8) * s + z, the even input in the high nibble."""
+    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
+    offset = (8 - zeros.float()) * scales.float()
+    scale_zero = torch.stack((scales.float(), offset), dim=2).transpose(0, 1).contiguous().bfloat16()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, scale_zero)
+
+
+def _gemlite(codes: Tensor, scales: Tensor, zeros: Tensor) -> Linear:
+    from gemlite.core import DType, GemLiteLinear
+
+    N, K = codes.shape
+    layer = GemLiteLinear(4, GROUP, K, N, input_dtype=DType.BF16, output_dtype=DType.BF16)
+    layer.pack(codes.to(torch.uint8), scales.bfloat16().view(-1, 1), zeros.bfloat16().view(-1, 1), bias=None)
+    return layer
 
 
 def int8_rows(bench: Bench) -> Iterator[Row]:
@@ -260,16 +363,101 @@ def _select(sources: list[Tensor], keep: list[Tensor], targets: list[Tensor]) ->
 
 
 FAMILIES = {
-    "retrieval": retrieval_rows, "decode": decode_rows, "saliency": saliency_rows, "int4": int4_rows,
-    "int8": int8_rows, "gather": gather_rows,
+    "retrieval": retrieval_rows, "decode": decode_rows, "question": question_rows, "saliency": saliency_rows,
+    "top_k": top_k_rows, "int4": int4_rows, "int8": int8_rows, "gather": gather_rows,
 }  # fmt: skip
+
+# A whole model ------------------------------------------------------------------------------------------------------
+
+POLICIES = {"dense": Sparsity(), "60/75": Sparsity(0.60, 0.75), "75/90": Sparsity(0.75, 0.90)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A picture, a question and an answer of a fixed length; milliseconds, medians over the rounds."""
+
+    policy: str
+    steps: str  # "graph" or "eager"
+    encode: float
+    prefill: float
+    retrieval: float
+    token: float  # of a decode step
+    warmup: float  # of the first round, which is none of the others
+    total: float  # encode to the last token, warm-up left out
+    visual_kept: int
+    visual_active: float
+    kv_read_bytes: int
+
+
+def whole_model(bench: Bench, *, tokens: int, rounds: int) -> tuple[dict[str, object], list[Turn]]:
+    """What the model is, and a turn for each policy, with steps replayed from a graph and called one by one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shape = preset("tiny" if bench.small else "vicuna-7b-32-layers")
+        dtype = torch.float32 if bench.small else torch.bfloat16
+        engine = device_engine(
+            shape, Path(scratch) / "model", device=torch.device(bench.device), dtype=dtype,
+            group_size=32 if bench.small else GROUP,
+        )  # fmt: skip
+    decoder = engine.model.decoder
+    blocks = [*decoder.layers.parameters(), *decoder.norm.parameters(), *decoder.lm_head.parameters()]
+    read_by_a_step = sum(p.numel() * p.element_size() for p in blocks)
+    side = 112 if bench.small else 672
+    rng = np.random.default_rng(0)
+    picture = Image(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+    print(f"{engine.info.parameters / 1e9:.2f} B parameters, {engine.info.scheme}, {tokens} tokens an answer")
+    found: dict[tuple[str, str], list[Stats]] = {}
+    for _ in range(rounds + 1):  # the first one compiles
+        for steps in ("eager",) if bench.small else ("graph", "eager"):
+            engine.runner.graphs = steps == "graph"
+            for name, policy in POLICIES.items():
+                engine.forget_features()
+                session = engine.session(media=[picture], sparsity=policy)
+                stats = session.ask(QUESTION, params=SamplingParams(max_new_tokens=tokens)).stats
+                session.close()
+                assert stats.output_tokens == tokens, f"expected {tokens} tokens, got {stats.output_tokens}"
+                found.setdefault((name, steps), []).append(stats)
+    engine.close()
+    info: dict[str, object] = {"scheme": engine.info.scheme, "parameters": engine.info.parameters}
+    info |= {"weight_bytes": engine.info.weight_bytes, "decode_bytes": read_by_a_step}
+    return info | {"tokens": tokens, "rounds": rounds}, [_turn(*key, runs) for key, runs in found.items()]
+
+
+def _turn(policy: str, steps: str, runs: list[Stats]) -> Turn:
+    timed = runs[1:]
+
+    def ms(of: Callable[[Stats], float]) -> float:
+        return median(map(of, timed)) * 1e3
+
+    last = timed[-1]
+    return Turn(
+        policy, steps, ms(lambda s: s.encode_s), ms(lambda s: s.prefill_s), ms(lambda s: s.retrieval_s),
+        ms(lambda s: s.decode_s / (s.output_tokens - 1)), max(s.warmup_s for s in timed) * 1e3,
+        ms(lambda s: s.encode_s + s.prefill_s + s.retrieval_s + s.decode_s), last.visual_tokens_kept,
+        last.visual_tokens_active, last.kv_read_bytes,
+    )  # fmt: skip
+
+
+def print_turns(turns: list[Turn], copy: float, decode_bytes: int) -> None:
+    """The table; of a step also which share of the copy's bandwidth weights and cache alone take."""
+    names = ("policy", "steps", "encode", "prefill", "retrieval", "token", "of copy", "warm-up", "total", "gain")
+    print(" ".join(f"{name:>9}" for name in names))
+    dense = {turn.steps: turn.total for turn in turns if turn.policy == "dense"}
+    for turn in turns:
+        share = (decode_bytes + turn.kv_read_bytes) / copy / (turn.token / 1e3)
+        times = (turn.encode, turn.prefill, turn.retrieval, turn.token)
+        cells = [turn.policy, turn.steps, *(f"{ms:.2f}" for ms in times), f"{share:.0%}", f"{turn.warmup:.1f}"]
+        cells += [f"{turn.total:.1f}", f"{dense[turn.steps] / turn.total:.2f}x"]
+        print(" ".join(f"{cell:>9}" for cell in cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check and time the Triton kernels on a GPU.")
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--seconds", type=float, default=0.2, help="at least, for each figure")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer of the whole model")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each policy, after one that is not timed")
+    parser.add_argument("--no-model", action="store_true", help="kernels alone")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     args = parser.parse_args()
     if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
@@ -306,8 +494,14 @@ def main() -> None:
                 flush=True,
             )
             rows.append(asdict(row) | {"fraction": row.fraction(copy, product)})
+    found: dict[str, object] = {"environment": describe(), "copy_bytes_per_s": copy, "product_flop_per_s": product}
+    found["rows"] = rows
+    if not args.no_model:
+        tokens, rounds = (3, 1) if args.rehearse else (args.tokens, args.rounds)
+        info, turns = whole_model(bench, tokens=tokens, rounds=rounds)
+        print_turns(turns, copy, int(str(info["decode_bytes"])))
+        found |= {"model": info, "turns": [asdict(turn) for turn in turns]}
     if args.json:
-        found = {"environment": describe(), "copy_bytes_per_s": copy, "product_flop_per_s": product, "rows": rows}
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
