@@ -45,6 +45,7 @@ setup(
     ],
     extras_require={
         "decord": ["decord2>=3"],
+        "eval": ["matplotlib>=3.10", "pyarrow>=20"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2",
@@ -54,6 +55,7 @@ setup(
             "pexpect>=4.9",
             "decord2>=3",
             "matplotlib>=3.10",
+            "pyarrow>=20",
             "ruff>=0.14",
             "mypy>=1.18",
         ],
