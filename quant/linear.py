@@ -184,8 +184,9 @@ class _Int8Linear(_QuantisedLinear):
             rows = None
         else:
             assert isinstance(norm.weight, Tensor)
+            assert isinstance(norm.eps, float)
             bias = getattr(norm, "bias", None)  # an RMSNorm has none
-            rows = RowNorm(norm.weight, bias, float(norm.eps))
+            rows = RowNorm(norm.weight, bias, norm.eps)
         return w8a8(x, self.qweight, self.scales, self.bias, norm=rows, act=act)
 
 
