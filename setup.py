@@ -60,5 +60,8 @@ setup(
             "mypy>=1.18",
         ],
     },
-    entry_points={"console_scripts": ["sparsevila = sparsevila.chat:main"]},
+    entry_points={
+        "console_scripts": ["sparsevila = sparsevila.chat:main"],
+        "lmms_eval.models": ["sparsevila = sparsevila.engine.lmms_eval_plugin:MANIFEST"],
+    },
 )

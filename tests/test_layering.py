@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "sparsevila"
 LAYERS = ("kernels", "quant", "models", "engine")
 FOLDERS = (*LAYERS, "benchmarks", "tests")
-ENTRY_POINTS = ("chat", "quant.__main__", "engine.server", "benchmarks", "setup")
+ENTRY_POINTS = ("chat", "quant.__main__", "engine.server", "engine.lmms_eval_plugin", "benchmarks", "setup")
 HOMES = {  # heavy or optional packages, and the only files that may import them
     "av": {"engine.video", "engine.doctor"},  # the second lists codecs only
     "PIL": {
@@ -31,6 +31,7 @@ HOMES = {  # heavy or optional packages, and the only files that may import them
     "prompt_toolkit": {"engine.terminal", "chat"},
     "fastapi": {"engine.server"},
     "uvicorn": {"engine.server"},
+    "lmms_eval": {"engine.lmms_eval_plugin"},
 }
 ORACLES = {"transformers", "flash_colreduce", "pexpect", "hypothesis", "pytest"}  # tests and benchmarks only
 DRAWERS = {"utils", "util", "common", "misc", "helpers"}
