@@ -68,6 +68,7 @@ class TestAttention:
             assert_close(decode_attention(q, a, b), decode_attention_ref(q, a, b), dtype)
 
     def test_extend(self, H, H_kv, M, N, D, dtype):
+        N = min(N, 520)  # as the interpreter has to walk through all of them
         q = rand(H, M, D, dtype=dtype)
         k, v = (rand(H_kv, N, D, dtype=dtype), rand(H_kv, N, D, dtype=dtype, scale=0.5))
         own = rand(H_kv, M, D, dtype=dtype), rand(H_kv, M, D, dtype=dtype).flip(1)
