@@ -214,6 +214,8 @@ class TheirActivations(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.double()
         self.parts = layer.parts
 
+    fused = LinearLayer.fused  # after norm and before activation, by `forward` below
+
     def forward(self, x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         rounded = (x / scale).round().clamp(-128, 127) * scale
