@@ -38,7 +38,7 @@ class Sampler:
             sums = self.probabilities(logits).cumsum(0)
             # The first token whose sum passes the number: one of probability 0 never is.
             token = torch.searchsorted(sums, dice * sums[-1:], right=True).clamp(max=len(sums) - 1)
-        return torch.where(finite, token, NO_TOKEN)
+        return token.masked_fill(~finite, NO_TOKEN)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Chances (V,) float64, in proportion, of logits (V,) float32: temperature, then `top_k`, then `top_p`."""
@@ -62,7 +62,7 @@ def nucleus(p: Tensor, top_p: float, *, candidates: bool) -> Tensor:
     """
     if not candidates:
         ranked, order = p.sort(descending=True, stable=True)
-        return torch.zeros_like(p).index_copy_(0, order, ranked.where(ranked.cumsum(-1) - ranked < top_p, 0.0))
+        return torch.zeros_like(p).index_copy_(0, order, ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0))
     # All tokens below the bound together hold less than the rest.
     likely = torch.nonzero(p >= (1 - top_p) / len(p))[:, 0]
     ranked, order = p[likely].sort(descending=True, stable=True)
