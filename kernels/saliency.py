@@ -16,7 +16,8 @@ from torch import Tensor
 from .attention import attention
 from .backend import runs_triton
 
-_ROWS_PER_TILE = 256  # bounds the tile of scores to 256 N floats a head
+_ROWS_PER_TILE = 256
+_TILE_ENTRIES = 1 << 18  # scores at a time, 1 MB: the passes over them meet in the L2 cache. One head's rows at least
 
 
 def saliency(q: Tensor, k: Tensor, *, lse: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -31,14 +32,18 @@ def saliency(q: Tensor, k: Tensor, *, lse: Tensor | None = None, scale: float | 
     scale = D**-0.5 if scale is None else scale
     if runs_triton(q):
         return _by_kernel(q, k, lse, scale)
-    keys = k.float().transpose(2, 3)  # (B, H, D, N)
-    total = torch.zeros(B, k.shape[2], dtype=torch.float32, device=q.device)
-    for m in range(0, M, _ROWS_PER_TILE):
-        rows = slice(m, m + _ROWS_PER_TILE)
-        s = q[:, :, rows].float() @ keys * scale  # (B, H, rows, N)
-        row_lse = torch.logsumexp(s, dim=-1) if lse is None else lse[:, :, rows]
-        total += torch.exp(s - row_lse[..., None]).sum(dim=(1, 2))
-    return total / (H * M)
+    rows, keys = q.flatten(0, 1), k.float().flatten(0, 1).transpose(1, 2)  # (B * H, M, D), (B * H, D, N)
+    known = None if lse is None else lse.reshape(B * H, M)
+    received = torch.zeros(B * H, k.shape[2], dtype=torch.float32, device=q.device)
+    step = max(1, _TILE_ENTRIES // (min(M, _ROWS_PER_TILE) * k.shape[2]))
+    for first in range(0, B * H, step):
+        heads = slice(first, first + step)
+        for m in range(0, M, _ROWS_PER_TILE):
+            some = slice(m, m + _ROWS_PER_TILE)
+            s = rows[heads, some].float().mul(scale) @ keys[heads]  # (heads, rows, N)
+            row_lse = torch.logsumexp(s, dim=-1) if known is None else known[heads, some]
+            received[heads] += s.sub_(row_lse[..., None]).exp_().sum(dim=1)
+    return received.view(B, H, -1).sum(dim=1) / (H * M)
 
 
 def _by_kernel(q: Tensor, k: Tensor, lse: Tensor | None, scale: float) -> Tensor:
