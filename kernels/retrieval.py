@@ -17,7 +17,7 @@ from torch import Tensor
 from .backend import runs_triton
 
 _KEYS_PER_TILE = 4096  # bounds the keys' float32 copy
-_SCORES_PER_TILE = 1 << 22  # 16 MiB: as many keys for a usual question, fewer for one of hundreds of tokens
+_SCORES_PER_TILE = 1 << 20  # 4 MiB, for the cache: as many keys for a usual question, fewer for a longer one
 
 
 def retrieval(q: Tensor, k: Tensor, lse: Tensor, *, scale: float | None = None) -> Tensor:
