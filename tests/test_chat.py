@@ -193,7 +193,8 @@ def test_a_missing_file_is_found_before_the_model_is_loaded(run: Any, capsys: py
 
 def test_flags_reach_the_engine(run: Any, clip: str, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be brief.", encoding="utf-8")
-    machine = ["--device", "cpu", "--dtype", "float32", "--max-memory", "2GiB", "--ctx", "512", "--offline", "--w4a8"]
+    machine = ["--device", "cpu", "--dtype", "float32", "--max-memory", "2GiB", "--ctx", "512", "--offline", "--w4a8",
+               "--positions", "original"]  # fmt: skip
     media = ["--video", clip, "--image", "a.png", "--frames", "4", "--start", "0:01", "--end", "2", "--strict"]
     sampling = ["--max-new-tokens", "5", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "3", "--seed", "7"]
     assert (
@@ -207,6 +208,7 @@ def test_flags_reach_the_engine(run: Any, clip: str, tmp_path: Path) -> None:
         "offline": True,
         "quantised": True,
         "w4a8": True,
+        "positions": "original",
     }
     assert run.engine.options == options
     session = run.engine.sessions[0]
