@@ -172,7 +172,7 @@ class Attachment:
     frames: int
     duration_s: float
     tokens_total: int
-    tokens_kept: int
+    tokens_kept: int  # planned, at most, until it is in the cache
     structural_tokens: int
     notes: tuple[str, ...] = ()
 

@@ -5,13 +5,13 @@ Everything a turn changes is one frozen `State`. It is replaced when a step is c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..models.interface import MediaKind, TokenMap, VisualInputs, VisualTokens
+from ..models.interface import MediaKind, ProgressFn, TokenMap, VisualInputs, VisualTokens
 from .cache import CacheCheckpoint
 from .config import Sparsity
 from .diagnostics import Selection
@@ -35,6 +35,7 @@ class MediaItem:
     decode_s: float
     token_map: TokenMap  # of the encoder's tokens
     inputs: VisualInputs | None
+    read_again: Callable[[ProgressFn], VisualInputs]  # from its source; MediaError where that is no longer the same
     tokens: VisualTokens | None = None
 
 

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from weakref import WeakSet
@@ -220,23 +221,30 @@ class Engine:
                     raise
             self.check_alive()
 
-    def encode(self, item: MediaItem, meter: Meter, progress: ProgressFn) -> VisualTokens:
-        """The item's features: its own, those of equal content seen before, or the vision tower's."""
-        if item.tokens is not None:
+    def encode(self, item: MediaItem, meter: Meter, progress: ProgressFn, *, with_keys: bool = False) -> VisualTokens:
+        """The item's features: its own, those of equal content seen before, or the vision tower's.
+
+        The kept features go by content alone. Those without keys do not serve a method that compares keys: the item is
+        encoded once more, from its source if its pixels have gone (MediaError where that has changed), and what comes
+        out takes their place. Those with keys serve every method.
+        """
+        if item.tokens is not None and _serves(item.tokens, with_keys):
             return item.tokens
         with self.device_work():  # the lock guards the kept features too
-            known = self._features.pop(item.key, None)
-            if known is None:
-                assert item.inputs is not None
+            known = self._features.get(item.key)
+            if known is None or not _serves(known, with_keys):
+                inputs = item.read_again(progress) if item.inputs is None else item.inputs
                 with meter.timed("encode"), torch.inference_mode():
-                    known = self.model.encode(item.inputs, progress)
-            self._features[item.key] = known  # last in, last out
+                    known = self.model.encode(inputs, progress, with_keys=with_keys)
+            self._features[item.key] = known
+            self._features.move_to_end(item.key)  # last in, last out
             self._trim_features()
         item.inputs = None
-        return VisualTokens(known.features, item.token_map, known.saliency)
+        return replace(known, token_map=item.token_map)
 
     def _feature_bytes(self) -> int:
-        return sum(tokens.features.numel() * tokens.features.element_size() for tokens in self._features.values())
+        held = [t for tokens in self._features.values() for t in (tokens.features, tokens.keys) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def _trim_features(self) -> None:
         while self._feature_bytes() > _FEATURE_CACHE_BYTES and len(self._features) > 1:
@@ -262,6 +270,10 @@ class Engine:
                 raise InsufficientMemory(need, max(free, 0), what="the cache of this conversation")
         with self.device_work():
             cache.reserve(visual=visual, text=text)
+
+
+def _serves(tokens: VisualTokens, with_keys: bool) -> bool:
+    return tokens.keys is not None or not with_keys
 
 
 def parse_bytes(value: int | str) -> int:

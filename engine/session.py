@@ -10,15 +10,16 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import Closed, InvalidRequest, SessionBusy, SparseVILAError
-from ..models.interface import Progress, ProgressFn, no_progress
+from ..errors import Closed, InvalidRequest, MediaError, SessionBusy, SparseVILAError
+from ..models.interface import Frames, Progress, ProgressFn, VisionLanguageModel, VisualInputs, no_progress
 from .config import Attachment, Chunk, Image, Result, SamplingParams, Sparsity, Turn, Video
 from .conversation import MediaItem, Policy, State
 from .diagnostics import Agreement, Overlap, Selection, agreement, overlap
@@ -146,9 +147,8 @@ class Session:
     def _open(self, item: Image | Video, state: State, progress: ProgressFn) -> MediaItem:
         start = time.perf_counter()
         model = self._engine.model
-        frames = load_media(
-            item, default_frames=self._default_frames(state), default_fps=model.default_fps, progress=progress
-        )
+        read = partial(load_media, item, default_frames=self._default_frames(state), default_fps=model.default_fps)
+        frames = read(progress=progress)
         inputs = model.preprocess(frames)
         return MediaItem(
             number=state.next_number,
@@ -163,6 +163,7 @@ class Session:
             decode_s=time.perf_counter() - start,
             token_map=inputs.token_map.with_media(state.next_number),
             inputs=inputs,
+            read_again=partial(_read_again, model, read, frames.key),
         )
 
     def _default_frames(self, state: State) -> int:
@@ -176,6 +177,7 @@ class Session:
         return max(1, min(self._engine.model.default_frames, free // kept))
 
     def _attachment(self, item: MediaItem) -> Attachment:
+        here = [p.survivors.tokens.token_map.num_visual for p in self._state.placed if p.tokens is item.tokens]
         return Attachment(
             number=item.number,
             kind=item.kind,
@@ -185,7 +187,7 @@ class Session:
             frames=item.num_frames,
             duration_s=item.duration_s,
             tokens_total=item.token_map.num_visual,
-            tokens_kept=self._policy.planned_keep(item),
+            tokens_kept=here[0] if here else self._policy.planned_keep(item),
             structural_tokens=int(item.token_map.structural.sum()),
             notes=item.notes,
         )
@@ -474,6 +476,15 @@ class Session:
             prefill_sparsity=sparsity.prefill,
             decode_sparsity=sparsity.decode,
         )
+
+
+def _read_again(
+    model: VisionLanguageModel, read: Callable[..., Frames], key: str, progress: ProgressFn
+) -> VisualInputs:
+    frames = read(progress=progress)
+    if frames.key != key:
+        raise MediaError(f"{frames.source} is no longer what was attached", hint="drop it and attach it again")
+    return model.preprocess(frames)
 
 
 def _reopened(earlier: State, now: State) -> State:

@@ -68,7 +68,8 @@ class TurnDriver:
         if not state.pending:
             return state
         spans, placed = self._media_spans(state)
-        self._prefill(spans, self._method(state))
+        if any(map(len, spans)):  # a method may leave nothing of a medium, and a prompt may have no text beside it
+            self._prefill(spans, self._method(state))
         return replace(
             state, prefilled=len(state.open_media), placed=(*state.placed, *placed), checkpoint=self._cache.checkpoint()
         )
@@ -81,8 +82,9 @@ class TurnDriver:
         placed = []
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
             spans.append(TextSpan(ids))
-            item.tokens = self._engine.encode(item, self._meter, self.progress)
-            survivors = self._policy.method(item.kind).on_vision(item.tokens, item.kind)
+            method = self._policy.method(item.kind)
+            item.tokens = self._engine.encode(item, self._meter, self.progress, with_keys=method.needs_keys)
+            survivors = method.on_vision(item.tokens, item.kind)
             if survivors is None:
                 survivors = Survivors(item.tokens, torch.arange(len(item.tokens)))
             placed.append(Placed(item.tokens, survivors))
@@ -293,7 +295,7 @@ class TurnDriver:
 
 def _fitting_frames(planned: dict[MediaItem, int], room: int) -> str:
     """Advice: the number of frames with which the videos among the pending items would fit."""
-    videos = {item: positions for item, positions in planned.items() if item.kind == "video"}
+    videos = {item: positions for item, positions in planned.items() if item.kind == "video" and positions}
     if not videos:
         return "ask a shorter question, raise the prefill sparsity, or clear the conversation"
     others = sum(planned.values()) - sum(videos.values())

@@ -20,7 +20,7 @@ from ..quant.scale_group import ScaledBlock, ScaleGroup
 from .blocks import ACTIVATIONS, empty_embedding
 from .checkpoint import ConfigReader
 from .interface import VisualInputs
-from .vision_tower import TILES_PER_BATCH, TowerBatch, tiles_in_turn
+from .vision_tower import TILES_PER_BATCH, TowerBatch, tiles_in_turn, with_mean_keys
 
 MAX_LAYERS = 256
 
@@ -117,18 +117,23 @@ class ClipLayer(ScaledBlock):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = _MLP(config)
 
-    def forward(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32."""
-        attended, scores = self.attend(x, score=score)
+    def forward(self, x: Tensor, *, score: bool, with_keys: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32.
+
+        With keys the scores are marks, (B, S, 1 + head_dim): `with_mean_keys`.
+        """
+        attended, scores = self.attend(x, score=score, with_keys=with_keys)
         x = x + attended
         return x + self.mlp(x, self.layer_norm2), scores
 
-    def attend(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(self, x: Tensor, *, score: bool, with_keys: bool = False) -> tuple[Tensor, Tensor | None]:
         """What attention adds to x (B, S, hidden), and the scores as in `forward`."""
         B, S, size = x.shape
         qkv = self.self_attn.qkv_proj.fused(x, norm=self.layer_norm1).reshape(B, S, 3, self.self_attn.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
         scores = saliency(self.raters(q), k) if score else None
+        if with_keys and scores is not None:
+            scores = with_mean_keys(scores, k)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, size)
         return self.self_attn.out_proj(attended), scores
 
@@ -186,18 +191,19 @@ class ClipTower(nn.Module):
         """pixels (B, 3, S, S) -> what enters the first layer, (B, 1 + patches, hidden_size)."""
         return self.pre_layrnorm(self.embeddings(pixels))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
         """Encodes pictures.
 
         pixels (B, 3, S, S) in the tower's dtype. Returns features (B, patches, hidden_size) without the summary token,
         and saliency (B, patches) float32: the summary row's softmax weights in the last layer that is run, mean over
-        heads. The summary token's own column stays in the denominator (arXiv 2510.17777, section 3.1).
+        heads. The summary token's own column stays in the denominator (arXiv 2510.17777, section 3.1). With keys the
+        second are marks, (B, patches, 1 + head_dim): saliency, then the head-mean key.
         """
         x = self.embed(pixels)
         scores = None
         last = len(self.encoder.layers) - 1
         for i, layer in enumerate(self.encoder.layers):
-            x, scores = layer(x, score=i == last)
+            x, scores = layer(x, score=i == last, with_keys=with_keys)
         assert scores is not None
         return x[:, 1:], scores[:, 1:]
 

@@ -72,12 +72,13 @@ class Projector(nn.Module):
         return x
 
     def pool(self, scores: Tensor) -> Tensor:
-        """Mean over the patches that each token joins: (B, patches) -> (B, tokens). Padding does not count."""
+        """Mean over the patches that each token joins: (B, patches, C) -> (B, tokens, C). Padding does not count."""
         if self.stride == 1:
             return scores
         grid = math.isqrt(scores.shape[1])
+        square = scores.transpose(1, 2).unflatten(2, (grid, grid))
         # A window that reaches over the edge is divided by the patches that are there.
-        return F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), self.stride, ceil_mode=True).flatten(1)
+        return F.avg_pool2d(square, self.stride, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
 def space_to_depth(x: Tensor, stride: int) -> Tensor:

@@ -149,6 +149,14 @@ class VisualTokens:
     features: Tensor  # (N, D); rows of structural tokens are zero and are filled by the model's `embed_visual`
     token_map: TokenMap  # N tokens
     saliency: Tensor | None  # (N,) float32, attention received in the encoder; 0 for structural tokens
+    # (N, Dk) float32, mean over heads of the keys of the layer whose saliency it is; 0 for structural tokens. None
+    # unless asked for: methods that merge like with like compare them.
+    keys: Tensor | None = None
+
+    @staticmethod
+    def of_marks(features: Tensor, token_map: TokenMap, marks: Tensor) -> VisualTokens:
+        """marks (N, 1 + Dk) float32: saliency, then the key where one was asked for."""
+        return VisualTokens(features, token_map, marks[:, 0], marks[:, 1:] if marks.shape[1] > 1 else None)
 
     def __post_init__(self) -> None:
         if self.features.shape[0] != len(self.token_map):
@@ -160,7 +168,8 @@ class VisualTokens:
     def select(self, keep: Tensor) -> VisualTokens:
         """The tokens `keep` (k,) int64; positions in the source travel along."""
         saliency = None if self.saliency is None else self.saliency[keep]
-        return VisualTokens(self.features[keep], self.token_map.select(keep), saliency)
+        keys = None if self.keys is None else self.keys[keep]
+        return VisualTokens(self.features[keep], self.token_map.select(keep), saliency, keys)
 
 
 @dataclass(frozen=True)
@@ -236,8 +245,10 @@ class VisionLanguageModel(Protocol):
         """Pixels to patches, and the map of the tokens they will become."""
         ...
 
-    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
-        """The vision tower, in bounded memory."""
+    def encode(
+        self, inputs: VisualInputs, progress: ProgressFn = no_progress, *, with_keys: bool = False
+    ) -> VisualTokens:
+        """The vision tower, in bounded memory; the keys of its tokens where they are asked for."""
         ...
 
     def embed_visual(self, tokens: VisualTokens) -> Tensor:

@@ -240,24 +240,27 @@ class LlavaNext(ContiguousPositions, nn.Module):
 
     # Vision
 
-    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
+    def encode(
+        self, inputs: VisualInputs, progress: ProgressFn = no_progress, *, with_keys: bool = False
+    ) -> VisualTokens:
         """The vision tower, in chunks of tiles. Features stay in front of the projector, which is per token."""
         weight = self.image_newline
         total = inputs.pixels.shape[0]
-        features, saliency = [], []
+        features, marks = [], []  # saliency and, if asked for, keys
         for start in range(0, total, _TILES_PER_CHUNK):
             progress(Progress("encode", start, total, "frames"))
             pixels = inputs.pixels[start : start + _TILES_PER_CHUNK].to(weight.device, weight.dtype)
-            x, scores = self.vision_tower(pixels)  # (tiles, patches, D), (tiles, patches)
+            x, scores = self.vision_tower(pixels, with_keys=with_keys)  # (tiles, patches, D), (tiles, patches, ...)
+            found = scores.view(*scores.shape[:2], -1)
             if inputs.kind == "video":
-                x, scores = self.pool(x), self.pool(scores[..., None])[..., 0]
+                x, found = self.pool(x), self.pool(found)
             features.append(x)
-            saliency.append(scores)
+            marks.append(found)
         progress(Progress("encode", total, total, "frames"))
-        x, scores = torch.cat(features), torch.cat(saliency)
+        x, found = torch.cat(features), torch.cat(marks)
         if inputs.kind == "video":
-            return VisualTokens(x.flatten(0, 1), inputs.token_map, scores.flatten())
-        return self._assemble(x, scores, inputs)
+            return VisualTokens.of_marks(x.flatten(0, 1), inputs.token_map, found.flatten(0, 1))
+        return self._assemble(x, found, inputs)
 
     def pool(self, x: Tensor) -> Tensor:
         """Mean of stride x stride neighbours: (frames, patches, C) -> (frames, fewer, C)."""
@@ -265,13 +268,13 @@ class LlavaNext(ContiguousPositions, nn.Module):
         x = x.transpose(1, 2).unflatten(2, (grid, grid))
         return F.avg_pool2d(x, self.config.pool_stride).flatten(2).transpose(1, 2)
 
-    def _assemble(self, x: Tensor, scores: Tensor, inputs: VisualInputs) -> VisualTokens:
+    def _assemble(self, x: Tensor, marks: Tensor, inputs: VisualInputs) -> VisualTokens:
         """Tiles to one sequence in reading order, padding cut away, zero rows where newlines stand."""
         index = self.token_sources(inputs.layout).to(x.device)
         newline = index < 0
         features = x.flatten(0, 1)[index.clamp(min=0)].masked_fill(newline[:, None], 0)
-        saliency = scores.flatten()[index.clamp(min=0)].masked_fill(newline, 0)
-        return VisualTokens(features, inputs.token_map, saliency)
+        found = marks.flatten(0, 1)[index.clamp(min=0)].masked_fill(newline[:, None], 0)
+        return VisualTokens.of_marks(features, inputs.token_map, found)
 
     def token_sources(self, layout: tuple[int, ...]) -> Tensor:
         """Which patch each token of a picture is, (N,) int64 into the flattened tiles; -1 for a newline."""

@@ -214,25 +214,27 @@ class LlavaOnevision(ContiguousPositions, nn.Module):
 
     # Vision
 
-    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
+    def encode(
+        self, inputs: VisualInputs, progress: ProgressFn = no_progress, *, with_keys: bool = False
+    ) -> VisualTokens:
         """The vision tower and the projector, in chunks of tiles."""
         total = inputs.pixels.shape[0]
-        features, saliency = [], []
+        features, marks = [], []  # saliency and, if asked for, keys
         for start in range(0, total, _TILES_PER_CHUNK):
             progress(Progress("encode", start, total, "frames"))
-            x, scores = self.vision_tower(inputs.pixels[start : start + _TILES_PER_CHUNK])
-            x, scores = self._project(x), scores[..., None]  # (tiles, patches, D), (tiles, patches, 1)
+            x, scores = self.vision_tower(inputs.pixels[start : start + _TILES_PER_CHUNK], with_keys=with_keys)
+            x, found = self._project(x), scores.view(*scores.shape[:2], -1)  # (tiles, patches, D), (tiles, patches, C)
             if inputs.kind == "video":
-                x, scores = (_resized(part, self.config.vision.grid, self._pooled_side) for part in (x, scores))
+                x, found = (_resized(part, self.config.vision.grid, self._pooled_side) for part in (x, found))
             features.append(x)
-            saliency.append(scores)
+            marks.append(found)
         progress(Progress("encode", total, total, "frames"))
-        x, scores = torch.cat(features).flatten(0, 1), torch.cat(saliency).flatten(0, 1)
+        x, found = torch.cat(features).flatten(0, 1), torch.cat(marks).flatten(0, 1)
         if inputs.kind == "image":
-            x, scores = (self._in_lines(part, inputs.layout) for part in (x, scores))
+            x, found = (self._in_lines(part, inputs.layout) for part in (x, found))
         else:
-            x, scores = (F.pad(part, (0, 0, 0, 1)) for part in (x, scores))
-        return VisualTokens(x, inputs.token_map, scores[:, 0])
+            x, found = (F.pad(part, (0, 0, 0, 1)) for part in (x, found))
+        return VisualTokens.of_marks(x, inputs.token_map, found)
 
     def _project(self, features: Tensor) -> Tensor:
         projector = self.multi_modal_projector

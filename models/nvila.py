@@ -275,6 +275,9 @@ class _Tiles:
         return [scaled[y : y + size, x : x + size] for y, x in places]
 
 
+_Encoded = tuple[Tensor, Tensor]  # features and marks of some tiles: saliency and, if asked for, keys
+
+
 class Nvila(ContiguousPositions, nn.Module):
     """The model as the engine sees it. Stateless: caches and positions are arguments."""
 
@@ -439,47 +442,51 @@ class Nvila(ContiguousPositions, nn.Module):
 
     # Vision
 
-    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
+    def encode(
+        self, inputs: VisualInputs, progress: ProgressFn = no_progress, *, with_keys: bool = False
+    ) -> VisualTokens:
         """The tower, in chunks of tiles, and the projector where it joins patches.
 
         Features are the projector's output then; where it is per token, they stay in front of it.
         """
         rows, _, newlines = inputs.layout
-        steps = self._scales_at_once(inputs, progress) if rows else self._tile_by_tile(inputs, progress)
-        features = saliency = torch.empty(0)
+        chunks = self._run_tower(inputs, progress, with_keys=with_keys)
+        steps = self._scales_at_once(inputs, chunks) if rows else self._tile_by_tile(inputs, chunks)
+        features = marks = torch.empty(0)
         end = 0
-        for x, scores in steps:
+        for x, found in steps:
             units, count, width = x.shape
             if not end:
                 total = len(inputs.token_map) // (count + newlines)
                 features = x.new_zeros(total, count + newlines, width)
-                saliency = scores.new_zeros(total, count + newlines)
+                marks = found.new_zeros(total, count + newlines, found.shape[2])
             features[end : end + units, :count] = x
-            saliency[end : end + units, :count] = scores
+            marks[end : end + units, :count] = found
             end += units
         progress(Progress("encode", len(inputs.pixels), len(inputs.pixels), "frames"))
-        return VisualTokens(features.flatten(0, 1), inputs.token_map, saliency.flatten())
+        return VisualTokens.of_marks(features.flatten(0, 1), inputs.token_map, marks.flatten(0, 1))
 
-    def _tile_by_tile(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields features (units, tokens, D) and saliency (units, tokens); a unit is a tile or a pooled run of them."""
+    def _tile_by_tile(self, inputs: VisualInputs, chunks: Iterator[_Encoded]) -> Iterator[_Encoded]:
+        """Yields features (units, tokens, D) and marks (units, tokens, C); a unit is a tile or a pooled run of them."""
         pool = self.config.pool if inputs.kind == "video" else (1, 1, 1)
         projected = (
             # Made for several scales, the projector gets the one there is as often.
             (self._projected(torch.cat([x] * len(self.config.scales), dim=-1)), self.mm_projector.pool(scores))
-            for x, scores in self._run_tower(inputs, progress)
+            for x, scores in chunks
         )
         if pool == (1, 1, 1):
             yield from projected
             return
         for x, scores in _in_whole_runs(projected, pool[0]):
-            yield self._pooled(x, pool), self._pooled(scores[..., None], pool)[..., 0]
+            yield self._pooled(x, pool), self._pooled(scores, pool)
 
-    def _run_tower(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the tower's features (tiles, patches, C) and saliency (tiles, patches), chunk by chunk."""
+    def _run_tower(self, inputs: VisualInputs, progress: ProgressFn, *, with_keys: bool) -> Iterator[_Encoded]:
+        """Yields the tower's features (tiles, patches, D) and marks (tiles, patches, C), chunk by chunk."""
         total = len(inputs.pixels)
         for start in range(0, total, _TILES_PER_CHUNK):
             progress(Progress("encode", start, total, "frames"))
-            yield self.vision_tower(inputs.pixels[start : start + _TILES_PER_CHUNK])
+            x, scores = self.vision_tower(inputs.pixels[start : start + _TILES_PER_CHUNK], with_keys=with_keys)
+            yield x, scores.view(*scores.shape[:2], -1)
 
     def _projected(self, x: Tensor) -> Tensor:
         """What is kept of (tiles, patches, C): joined tokens, or the patches as they are."""
@@ -490,29 +497,28 @@ class Nvila(ContiguousPositions, nn.Module):
         side = math.isqrt(x.shape[1])
         return pool_blocks(x.unflatten(1, (side, side)), pool).flatten(1, 2)
 
-    def _scales_at_once(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[tuple[Tensor, Tensor]]:
+    def _scales_at_once(self, inputs: VisualInputs, run: Iterator[_Encoded]) -> Iterator[_Encoded]:
         """`dynamic_s2`: each token is made of the features of all scales at its place. Yields one unit.
 
         Its saliency is the mean over the scales, because its feature is all of them: the finest scale alone shares out
         its attention within each tile, and only the coarsest compares the whole picture.
         """
         grids = self._grids(*inputs.layout[:2])
-        chunks = list(self._run_tower(inputs, progress))
+        chunks = list(run)
         counts = [grid.rows * grid.cols for grid in grids]
         x = torch.cat([x for x, _ in chunks]).split(counts)
-        scores = torch.cat([scores for _, scores in chunks])[..., None].split(counts)
+        scores = torch.cat([scores for _, scores in chunks]).split(counts)
         out = grids[self.config.output_scale]
         side = self.config.vision.grid
         size = (out.rows * side, out.cols * side)
         maps = [resize_area(merge_tiles(part, g.rows, g.cols), *size) for part, g in zip(x, grids, strict=True)]
         rated = [resize_area(merge_tiles(part, g.rows, g.cols), *size) for part, g in zip(scores, grids, strict=True)]
         tiles = split_tiles(torch.cat(maps, dim=-1), out.rows, out.cols)
-        merit = split_tiles(torch.stack(rated).mean(dim=0), out.rows, out.cols)[..., 0]
+        merit = self.mm_projector.pool(split_tiles(torch.stack(rated).mean(dim=0), out.rows, out.cols))
         tokens = torch.cat([self._projected(some) for some in tiles.split(_TILES_PER_CHUNK)])
-        merit = self.mm_projector.pool(merit)[..., None]
         yield (
             merge_tiles(tokens, out.rows, out.cols).flatten(0, 1)[None],
-            merge_tiles(merit, out.rows, out.cols).flatten()[None],
+            merge_tiles(merit, out.rows, out.cols).flatten(0, 1)[None],
         )
 
     def embed_visual(self, tokens: VisualTokens) -> Tensor:
@@ -536,9 +542,9 @@ def _stacked(tiles: Iterable[np.ndarray], count: int, size: int) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def _in_whole_runs(chunks: Iterable[tuple[Tensor, Tensor]], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_whole_runs(chunks: Iterable[_Encoded], length: int) -> Iterator[_Encoded]:
     """The same rows in other chunks: each holds whole runs of `length` rows, the last one may end within one."""
-    waiting: list[tuple[Tensor, Tensor]] = []
+    waiting: list[_Encoded] = []
     for chunk in chunks:
         waiting.append(chunk)
         count = sum(len(x) for x, _ in waiting)

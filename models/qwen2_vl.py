@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import CorruptCheckpoint, ImageTooNarrow, InvalidRequest
 from .chatml import ChatMLPrompt
@@ -350,18 +351,21 @@ class Qwen2VL(nn.Module):
 
     # Vision
 
-    def encode(self, inputs: VisualInputs, progress: ProgressFn = no_progress) -> VisualTokens:
+    def encode(
+        self, inputs: VisualInputs, progress: ProgressFn = no_progress, *, with_keys: bool = False
+    ) -> VisualTokens:
         """The vision tower, in chunks of frames; no mask over patches is ever made. Features are merged tokens."""
         layout = self.visual.layout(*inputs.layout[1:])
         weight = self.visual.weight
-        marker, unseen = weight.new_zeros(1, self.config.text.hidden_size), torch.zeros(1, device=weight.device)
-        features, saliency = [marker], [unseen]
+        marker = weight.new_zeros(1, self.config.text.hidden_size)
+        features, marks = [marker], []  # saliency and, if asked for, keys
         for pixels in self._chunks(inputs, progress):
             patches = self.patches(pixels.to(weight.device)).to(weight.dtype)
-            x, scores = self.visual(patches, layout)  # (F, tokens, D), (F, tokens)
+            x, scores = self.visual(patches, layout, with_keys=with_keys)  # (F, tokens, D), (F, tokens, ...)
             features.append(x.flatten(0, 1))
-            saliency.append(scores.flatten())
-        return VisualTokens(torch.cat([*features, marker]), inputs.token_map, torch.cat([*saliency, unseen]))
+            marks.append(scores.reshape(x.shape[0] * x.shape[1], -1))
+        found = F.pad(torch.cat(marks), (0, 0, 1, 1))  # the markers have none
+        return VisualTokens.of_marks(torch.cat([*features, marker]), inputs.token_map, found)
 
     def _chunks(self, inputs: VisualInputs, progress: ProgressFn) -> Iterator[Tensor]:
         """Some frames after the other, whole temporal patches of them."""

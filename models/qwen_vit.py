@@ -28,6 +28,7 @@ from ..quant.linear import Linear
 from ..quant.scale_group import ScaledBlock, ScaleGroup
 from .blocks import ACTIVATIONS, RMSNorm
 from .checkpoint import ConfigReader
+from .vision_tower import with_mean_keys
 
 MAX_LAYERS = 256
 _CHANNELS = 3
@@ -247,18 +248,21 @@ class QwenVitLayer(ScaledBlock):
         self.attn = _Attention(config)
         self.mlp = _GatedMLP(config) if config.gated else _MLP(config)
 
-    def forward(self, x: Tensor, layout: FrameLayout, *, score: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, layout: FrameLayout, *, score: bool, with_keys: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """x (F, S, hidden) in the layout's order -> the layer's output and, if asked, what each patch receives.
 
         That is the mean over heads and all rows of the frame, (F, S) float32; only for a layer that sees the frame.
+        With keys they are marks, (F, S, 1 + head_dim): `with_mean_keys`.
         """
-        attended, scores = self._attend(x, layout, score=score)
+        attended, scores = self._attend(x, layout, score=score, with_keys=with_keys)
         x = x + self.attn.proj(attended)
         rows = x.flatten(0, 1)
         added = torch.cat([self.mlp(self.norm2(part)) for part in rows.split(_ROWS_PER_MLP)])
         return (rows + added).view(x.shape), scores
 
-    def _attend(self, x: Tensor, layout: FrameLayout, *, score: bool) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, x: Tensor, layout: FrameLayout, *, score: bool, with_keys: bool) -> tuple[Tensor, Tensor | None]:
         """What every patch attends to, (F, S, hidden), and the scores; queries, keys and values go when it returns."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.attn.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (F, heads, S, head_dim)
@@ -267,6 +271,8 @@ class QwenVitLayer(ScaledBlock):
         if score:
             assert self.sees_frame
             attended, scores = _scored_attention(q, k, v)
+            if with_keys:
+                scores = with_mean_keys(scores, k)
         elif self.sees_frame:
             attended = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -379,18 +385,19 @@ class QwenVit(nn.Module):
         """
         return layout.place(self.patch_embed["proj"](patches))
 
-    def forward(self, patches: Tensor, layout: FrameLayout) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, layout: FrameLayout, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
         """Encodes frames of one size.
 
         patches (F, S, patch) in the tower's dtype, tokens in reading order. Returns features (F, tokens,
         out_hidden_size) in reading order, and saliency (F, tokens) float32: the attention that the patches of a token
         receive from all rows of their frame in the last layer that sees the frame, mean over heads, rows and patches.
+        With keys the second are marks, (F, tokens, 1 + head_dim), the key as it is after rotation.
         """
         x = self.embed(patches, layout)
         scored, scores = max(self.config.full_layers), None
         for index in range(self.config.num_layers):
-            x, found = self.layer(index)(x, layout, score=index == scored)
+            x, found = self.layer(index)(x, layout, score=index == scored, with_keys=with_keys)
             scores = found if found is not None else scores
         assert scores is not None
-        per_token = scores.unflatten(1, (-1, self.config.merge_size**2)).mean(-1)
+        per_token = scores.unflatten(1, (-1, self.config.merge_size**2)).mean(2)
         return layout.read(self.merger(x)), layout.read(per_token)

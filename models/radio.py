@@ -151,9 +151,9 @@ class RadioLayer(ClipLayer):
         self.layer_scale1 = _LayerScale(size) if config.layer_scale else nn.Identity()
         self.layer_scale2 = _LayerScale(size) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32."""
-        attended, scores = self.attend(x, score=score)
+    def forward(self, x: Tensor, *, score: bool, with_keys: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, hidden) -> the layer's output and, if asked, what the raters attend to, (B, S) float32, or marks."""
+        attended, scores = self.attend(x, score=score, with_keys=with_keys)
         x = x + self.layer_scale1(attended)
         return x + self.layer_scale2(self.mlp(x, self.layer_norm2)), scores
 
@@ -210,17 +210,18 @@ class RadioTower(nn.Module):
         conditioned = self.input_conditioner(self.scale(pixels.to(weight.device)))
         return self.embeddings(conditioned.to(weight.dtype))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
         """Encodes pictures.
 
         pixels (B, 3, H, W) uint8. Returns features (B, patches, hidden_size) and saliency (B, patches) float32: the
-        softmax weights that the summary tokens' rows give the patches in the last layer, mean over heads and rows.
+        softmax weights that the summary tokens' rows give the patches in the last layer, mean over heads and rows. With
+        keys the second are marks, as in CLIP's.
         """
         x = self.embed(pixels)
         scores = None
         last = len(self.encoder.layers) - 1
         for i, layer in enumerate(self.encoder.layers):
-            x, scores = layer(x, score=i == last)
+            x, scores = layer(x, score=i == last, with_keys=with_keys)
         assert scores is not None
         return x[:, self.config.num_prefix :], scores[:, self.config.num_prefix :]
 

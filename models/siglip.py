@@ -128,18 +128,18 @@ class SiglipTower(nn.Module):
         weight = self.embeddings.position_embedding.weight
         return self.embeddings(self.scale(pixels.to(weight.device)).to(weight.dtype))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
         """Encodes pictures.
 
         pixels (B, 3, S, S) uint8. Returns features (B, patches, hidden_size) and saliency (B, patches) float32: the
         column means of the attention matrix of the last layer that is run, over heads and rows (arXiv 2510.17777,
-        section 3.1).
+        section 3.1). With keys the second are marks, as in CLIP's.
         """
         x = self.embed(pixels)
         scores = None
         last = len(self.encoder.layers) - 1
         for i, layer in enumerate(self.encoder.layers):
-            x, scores = layer(x, score=i == last)
+            x, scores = layer(x, score=i == last, with_keys=with_keys)
         assert scores is not None
         return x, scores
 

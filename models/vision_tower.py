@@ -35,6 +35,15 @@ class VisionTower(Protocol):
         ...
 
 
+def with_mean_keys(saliency: Tensor, k: Tensor) -> Tensor:
+    """Saliency and, behind it, the mean over heads of the keys: marks (B, S, 1 + head_dim) float32.
+
+    saliency (B, S) float32, k (B, heads, S, head_dim) as attention compares it. In one tensor, because wherever patches
+    become fewer tokens, both are pooled alike.
+    """
+    return torch.cat([saliency[..., None], k.mean(dim=1, dtype=torch.float32)], dim=-1)
+
+
 def tiles_in_turn(media: Sequence[VisualInputs], limit: int) -> Tensor:
     """Up to `limit` tiles (tiles, 3, S, S) float32: the first of every item, then the second of every item, ..."""
     tiles = [inputs.pixels[:limit] for inputs in media]

@@ -49,6 +49,8 @@ class Method:
         """The method with what a request asks of it."""
         return Method()
 
+    # A method that compares the encoder's keys gets them with the tokens.
+    needs_keys = False
     # A method that needs the question while the media are prefilled gets them as [media | question].
     needs_question = False
 
@@ -58,7 +60,7 @@ class Method:
         return False
 
     def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
-        """How many non-structural tokens `on_vision` will keep; known before the encoder has run."""
+        """How many non-structural tokens `on_vision` will keep, at most: known before the encoder has run."""
         return token_map.num_visual
 
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:

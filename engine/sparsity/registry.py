@@ -6,10 +6,21 @@ from ...errors import InvalidRequest
 from ...models.interface import MediaKind
 from ..config import Sparsity
 from .base import Method
+from .controls import NoTokens
+from .prumerge import PruMerge, PruMergePlus
 from .random import RandomTokens
 from .sparsevila import SparseVILA
+from .visionzip import VisionZip
 
-METHODS: dict[str, type[Method]] = {"dense": Method, "sparsevila": SparseVILA, "random": RandomTokens}
+METHODS: dict[str, type[Method]] = {
+    "dense": Method,
+    "sparsevila": SparseVILA,
+    "random": RandomTokens,
+    "visionzip": VisionZip,
+    "prumerge": PruMerge,
+    "prumerge+": PruMergePlus,
+    "none": NoTokens,
+}
 
 # Fractions removed in prefill and decode when the caller asks for none in particular (arXiv 2510.17777, table 1).
 AUTO: dict[MediaKind, Sparsity] = {"image": Sparsity(0.60, 0.75), "video": Sparsity(0.60, 0.75)}

@@ -57,7 +57,7 @@ class SparseVILA(Method):
         for group in self._groups(tokens.token_map, kind):
             if len(group):
                 keep[group[top_k(merit[group][None], keep_count(len(group), self.prefill))[0]]] = True
-        return Survivors.of(tokens, torch.nonzero(keep | _standing(tokens.token_map, keep))[:, 0])
+        return Survivors.of(tokens, torch.nonzero(keep | standing(tokens.token_map, keep))[:, 0])
 
     def _token_merit(self, tokens: VisualTokens) -> Tensor:
         """What prefill ranks by, (N,) float32 on the CPU."""
@@ -78,7 +78,7 @@ class SparseVILA(Method):
         return scores
 
 
-def _standing(token_map: TokenMap, keep: Tensor) -> Tensor:
+def standing(token_map: TokenMap, keep: Tensor) -> Tensor:
     """Structural tokens that stay, (N,) bool: a newline falls with the last token of its row."""
     survivors = token_map.line[keep].unique()
     has_survivor = torch.isin(token_map.line, survivors) | (token_map.line < 0)

@@ -454,7 +454,7 @@ class TestTokenMap:
         grid = model.config.vision.grid
         cells = tiles[:, 0, : grid * patch, : grid * patch].float().unflatten(2, (grid, patch))
         bright = cells.unflatten(1, (grid, patch)).amax(dim=(2, 4)) > 200  # (tiles, grid, grid)
-        bright = model.mm_projector.pool(bright.flatten(1).float()) > 0
+        bright = model.mm_projector.pool(bright.flatten(1)[..., None].float())[..., 0] > 0
         boxes = inputs.token_map.box[~inputs.token_map.structural]
         if rows:  # tokens run over the whole picture, tiles over its parts
             side = math.isqrt(bright.shape[1])
