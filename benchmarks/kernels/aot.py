@@ -39,9 +39,9 @@ MODULES = (
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 # Bytes of shared memory that a block may have (CUDA C programming guide, table of compute capabilities).
 SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-# Bytes a thread may spill: none, but where a rare shape (head dimension 72 in 16 rows, 128 in 64) is worth no tile of
-# its own.
-SPILL_BUDGET = {"extend_attention": 32}
+# Bytes a thread may spill, by kernel and architecture: none elsewhere. On sm_120 the compiler needs more registers for
+# the widest tiles; which tile is better there is for a measurement to say.
+SPILL_BUDGET = {("extend_attention", 120): 80, ("int8_linear", 120): 8}
 # Instructions a weight may take in the main loop, by the beginning of a kernel's name: beyond, the device issues
 # instructions slower than memory brings weights (sm_86 and sm_90; the others have more slots or another pipe).
 INSTRUCTION_LIMITS = {"int4_linear g=128 tokens=16 ": 4.0, "int4_linear lop3 g=128 tokens=16 ": 2.6}
@@ -156,7 +156,7 @@ def over_budget(row: Compiled) -> Iterator[str]:
     """What of a kernel is above its limits."""
     if row.shared > SHARED[row.arch]:
         yield f"{row.shared} bytes of shared memory, at most {SHARED[row.arch]}"
-    spills = SPILL_BUDGET.get(row.name.split()[0], 0)
+    spills = SPILL_BUDGET.get((row.name.split()[0], row.arch), 0)
     if row.spilled > spills:
         yield f"{row.spilled} bytes spilled, at most {spills}"
     for beginning, limit in INSTRUCTION_LIMITS.items():

@@ -25,22 +25,25 @@ Store = tuple[Tensor, Tensor]  # k, v, each (H_kv, entries, D)
 
 _KEYS = 64  # of a block
 _STAGES = 2
+_ALIGNMENT = 8  # entries at whose multiples rows begin wherever D is one: 16 bytes are read at once
 _PROGRAMS = 256  # that are wanted at least: three for each of 84 multiprocessors
 _LEAST_BLOCKS = 4  # of a share: below, joining costs as much as attending
 _MOST_SHARES = 64  # a program joins them at once
 
 
 def extend_attention(q: Tensor, k: Tensor, v: Tensor, a: Store, b: Store, scale: float) -> tuple[Tensor, Tensor]:
-    """q (H, M, D), k, v (H_kv, M, D), stores (H_kv, A or B, D) of one dtype; the stores contiguous in D, keys and
-    values of one with the same strides -> out (H, M, D) in q's dtype, lse (H, M) float32 (natural logarithm)."""
+    """q (H, M, D), k, v (H_kv, M, D), stores (H_kv, A or B, D) of one dtype; the rows of a store one behind the other,
+    keys and values of one with the same strides -> out (H, M, D) in q's dtype, lse (H, M) float32 (natural logarithm).
+    """
     H, M, D = q.shape
     H_kv = k.shape[0]
     q = q if q.stride(2) == 1 else q.contiguous()
-    if k.stride() != v.stride() or k.stride(2) != 1:
-        k, v = k.contiguous(), v.contiguous()
+    k, v = k.contiguous(), v.contiguous()  # all rows of keys are then as far apart as they are long
     for keys, values in (a, b):
-        if keys.stride() != values.stride() or keys.stride(2) != 1:
-            raise ValueError(f"expected equal strides, contiguous in D, got {keys.stride()} and {values.stride()}")
+        if keys.stride() != values.stride() or keys.stride()[1:] != (D, 1):
+            raise ValueError(f"expected the strides (any, {D}, 1) twice, got {keys.stride()} and {values.stride()}")
+    heads = [store.stride(0) for store in (k, a[0], b[0])]
+    alignment = 1 if any(stride % _ALIGNMENT for stride in (D, *heads)) else _ALIGNMENT
     rows = row_block(H // H_kv * M)
     tiles = triton.cdiv(H // H_kv * M, rows)
     blocks = triton.cdiv(a[0].shape[1], _KEYS) + triton.cdiv(b[0].shape[1], _KEYS)
@@ -51,8 +54,8 @@ def extend_attention(q: Tensor, k: Tensor, v: Tensor, a: Store, b: Store, scale:
     part_lse = lse if S == 1 else torch.empty(S, H, M, dtype=torch.float32, device=q.device)
     _extend[(tiles, H_kv, S)](
         q, k, v, *a, *b, part, part_lse, M, a[0].shape[1], b[0].shape[1], triton.cdiv(blocks, S), scale * LOG2_E,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), a[0].stride(0), a[0].stride(1), b[0].stride(0),
-        b[0].stride(1), **_constants(D, H // H_kv, rows), num_warps=_warps(rows), num_stages=_STAGES,
+        q.stride(0), q.stride(1), *heads, **_constants(D, H // H_kv, rows, alignment), num_warps=_warps(rows),
+        num_stages=_STAGES,
     )  # fmt: skip
     if S > 1:
         _join_shares[(H * M,)](
@@ -75,17 +78,19 @@ def _warps(rows: int) -> int:
 
 
 def variants() -> Iterator[Variant]:
-    strides = ("q_head", "q_row", "k_head", "k_row", "a_head", "a_row", "b_head", "b_row")
+    strides = ("q_head", "q_row", "k_head", "a_head", "b_head")
     for name in ("fp16", "bf16"):
         tensors = dict.fromkeys(("q", "k", "v", "k_a", "v_a", "k_b", "v_b"), f"*{name}")
         types = tensors | {"part": "*fp32", "lse": "*fp32"} | dict.fromkeys(("M", "A", "B", "each"), "i32")
         types |= {"scale_log2": "fp32"} | dict.fromkeys(strides, "i32")
         for D in (64, 72, 80, 128):
             for rows in (16, 64, 128):
-                aligned = frozenset({*tensors, "part", "lse"}) | (frozenset(strides) if D % 16 == 0 else frozenset())
+                # Capacities are multiples of 256, so heads are aligned in every store.
+                aligned = frozenset({*tensors, "part", "lse", "a_head", "b_head"})
+                aligned |= frozenset(strides) if D % 16 == 0 else frozenset()
                 yield Variant(
-                    f"extend_attention d={D} rows={rows} {name}", _extend, types, _constants(D, 4, rows), _warps(rows),
-                    _STAGES, aligned, entries=rows * _KEYS,
+                    f"extend_attention d={D} rows={rows} {name}", _extend, types,
+                    _constants(D, 4, rows, _ALIGNMENT), _warps(rows), _STAGES, aligned, entries=rows * _KEYS,
                 )  # fmt: skip
         yield Variant(
             f"extend_attention join {name}", _join_shares,
@@ -94,17 +99,19 @@ def variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _constants(D: int, group: int, rows: int) -> dict[str, int]:
+def _constants(D: int, group: int, rows: int, alignment: int) -> dict[str, int]:
     first, second = head_parts(D)
-    return {"D": D, "FIRST": first, "SECOND": second, "GROUP": group, "ROWS": rows, "KEYS": _KEYS}
+    return {
+        "D": D, "FIRST": first, "SECOND": second, "GROUP": group, "ROWS": rows, "KEYS": _KEYS, "ALIGNMENT": alignment,
+    }  # fmt: skip
 
 
 @triton.jit
 def _extend(
     q, k, v, k_a, v_a, k_b, v_b, part, lse, M, A, B, each, scale_log2,
-    q_head, q_row, k_head, k_row, a_head, a_row, b_head, b_row,
+    q_head, q_row, k_head, a_head, b_head,
     D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     share = tl.program_id(2)
@@ -135,13 +142,12 @@ def _extend(
         in_stores = block < blocks
         first_key = (block - tl.where(in_a, 0, tl.where(in_stores, blocks_a, blocks))) * KEYS
         length = tl.where(in_a, A, tl.where(in_stores, B, M))
-        row_stride = tl.where(in_a, a_row, tl.where(in_stores, b_row, k_row)).to(tl.int64)
-        offset = head * tl.where(in_a, a_head, tl.where(in_stores, b_head, k_head))
+        offset = tl.multiple_of(head * tl.where(in_a, a_head, tl.where(in_stores, b_head, k_head)), ALIGNMENT)
         k_at = tl.where(in_a, k_a, tl.where(in_stores, k_b, k)) + offset
         v_at = tl.where(in_a, v_a, tl.where(in_stores, v_b, v)) + offset
         n = first_key + tl.arange(0, KEYS)
         ok = n < length
-        at = n[:, None] * row_stride
+        at = n[:, None].to(tl.int64) * D
         keys = tl.load(k_at + at + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
         s = tl.dot(rows, tl.trans(keys), input_precision="ieee")
         if SECOND:
