@@ -15,7 +15,7 @@ on the device is what its steps read and count up (`lengths`), so that none of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ class CacheCheckpoint:
     visual_len: tuple[int, ...]  # per layer
     text_len: tuple[int, ...]  # per layer
     next_position: int
+    lag: tuple[int, ...] = ()
 
     def before_text(self, count: int) -> CacheCheckpoint:
         """The moment `count` text tokens earlier, whose positions were one apart."""
-        return CacheCheckpoint(
-            self.visual_len, tuple(length - count for length in self.text_len), self.next_position - count
+        return replace(
+            self,
+            text_len=tuple(length - count for length in self.text_len),
+            next_position=self.next_position - count,
         )
 
 
@@ -94,6 +97,9 @@ class KVCache:
         self.visual, self.text, self.active = stores(), stores(), stores()
         self.num_layers = num_layers
         self.next_position = 0
+        # Per layer: how far its next position lies behind `next_position`, where pruning inside the decoder made tokens
+        # move up. Empty: nowhere.
+        self.lag: tuple[int, ...] = ()
         self.sparse = False  # whether this turn reads the active set
         self.moves = 0  # how often stores were allocated anew: what has kept an address asks whether it still holds
         # Per layer: entries of (active set or visual store, text store). Valid from `publish` to the next prefill.
@@ -197,7 +203,10 @@ class KVCache:
 
     def checkpoint(self) -> CacheCheckpoint:
         return CacheCheckpoint(
-            tuple(store.length for store in self.visual), tuple(store.length for store in self.text), self.next_position
+            tuple(store.length for store in self.visual),
+            tuple(store.length for store in self.text),
+            self.next_position,
+            self.lag,
         )
 
     def empty_checkpoint(self) -> CacheCheckpoint:
@@ -210,6 +219,7 @@ class KVCache:
                 assert length <= store.length, "a checkpoint lies in the past"
                 store.length = length
         self.next_position = checkpoint.next_position
+        self.lag = checkpoint.lag
         self.sparse = False
 
     def forget_text(self, count: int) -> None:

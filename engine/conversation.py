@@ -45,9 +45,12 @@ class Placed:
 
     tokens: VisualTokens
     survivors: Survivors
+    # Per decoder layer, where a method pruned inside the decoder: which of `in_store` its store holds, (n,) int64
+    # ascending. None: every layer's holds all.
+    layers: tuple[Tensor, ...] | None = None
 
     def in_store(self) -> Tensor:
-        """Indices into the encoder's tokens of what is in the visual store, in its order."""
+        """Indices into the encoder's tokens of what entered the visual store, in its order."""
         return self.survivors.sources[~self.survivors.tokens.token_map.structural]
 
 
@@ -134,7 +137,16 @@ class Policy:
 
 
 def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Sequence[Tensor] | None) -> Selection:
-    """One turn's view of the media in the cache."""
+    """One turn's view of the media in the cache.
+
+    scores and active, per layer, are of the entries of that layer's store.
+    """
+    stored = _stored(placed)
+    if stored is not None:
+        size = sum(len(item.in_store()) for item in placed)
+        if scores is not None:
+            scores = [torch.zeros(size).scatter(0, here, s.cpu()) for here, s in zip(stored, scores, strict=True)]
+        active = stored if active is None else [here[a.cpu()] for here, a in zip(stored, active, strict=True)]
     offset, store, saliency = 0, [], []
     for item in placed:
         store.append(item.in_store() + offset)
@@ -148,3 +160,37 @@ def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Se
         scores=None if scores is None else tuple(s.cpu() for s in scores),
         active=None if active is None else tuple(a.cpu() for a in active),
     )
+
+
+def _stored(placed: Sequence[Placed]) -> Sequence[Tensor] | None:
+    """Per layer, which of all that entered its store holds, (n,) int64 ascending; None where each holds all of it."""
+    pruned = [item.layers for item in placed if item.layers is not None]
+    if not pruned:
+        return None
+    if len(placed) == 1:
+        return pruned[0]  # as it is: a session keeps it once, however many turns look at it
+    offset, parts = 0, []
+    for item in placed:
+        size = len(item.in_store())
+        layers = item.layers or (torch.arange(size),) * len(pruned[0])
+        parts.append([layer + offset for layer in layers])
+        offset += size
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+
+def pruned_inside(placed: Sequence[Placed], stayed: Sequence[Tensor] | None) -> list[Placed]:
+    """Items that one prefill placed, with what of them each layer's store holds.
+
+    stayed: per layer, indices into all visual tokens of that prefill, ascending; None: nothing was pruned inside.
+    """
+    if stayed is None:
+        return list(placed)
+    offset, found = 0, []
+    for item in placed:
+        end = offset + len(item.in_store())
+        # Layers between two prunings share one tensor, here as there.
+        distinct = {id(layer): layer for layer in stayed}
+        own = {key: layer[(layer >= offset) & (layer < end)] - offset for key, layer in distinct.items()}
+        found.append(replace(item, layers=tuple(own[id(layer)] for layer in stayed)))
+        offset = end
+    return found

@@ -52,6 +52,7 @@ class DecodeStep:
         self._token, self._position, self._index, self.chosen = (
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(4)
         )
+        self._lag = torch.empty(0)  # (layers,) int64, once a cache has one: behind the position, per layer
         self._dice = torch.zeros(_LEAST_DICE, dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: tuple[object, ...] = ()  # what the graph was captured for
@@ -62,6 +63,10 @@ class DecodeStep:
         """Brings the buffers to where the cache is, for at most `limit` steps."""
         cache.publish()
         self._position.fill_(cache.next_position)
+        if cache.lag:
+            if len(self._lag) == 0:
+                self._lag = self._position.new_zeros(cache.num_layers)
+            self._lag.copy_(torch.tensor(cache.lag))
         self._index.zero_()
         self._angles.reach(cache.next_position + limit)
         if len(self._dice) < limit:
@@ -84,13 +89,16 @@ class DecodeStep:
         """Appends the token to the cache, whose lengths on the device count it -> logits (V,) float32."""
         decoder, lengths = self._decoder, cache.lengths
         lengths[:, 1].add_(1)
-        cos, sin = (table.index_select(0, self._position) for table in (self._angles.cos, self._angles.sin))
+        position = self._position - self._lag if cache.lag else self._position
+        # (1, D/2), or (layers, D/2) where every layer counts for itself
+        cos, sin = (table.index_select(0, position) for table in (self._angles.cos, self._angles.sin))
         hidden, added = decoder.embed(self._token), None
         for layer, (own, end) in enumerate(zip(lengths.unbind(0), lengths[:, 1:].unbind(0), strict=True)):
             module = decoder.layer(layer)
             seen, text = cache.stores(layer)
             hidden, qkv = module.enter(hidden, added)
-            q = rope_append(qkv, cos, sin, *text, end)
+            turn = (cos[layer : layer + 1], sin[layer : layer + 1]) if cache.lag else (cos, sin)
+            q = rope_append(qkv, *turn, *text, end)
             hidden, added = module.leave(hidden, decode_attention(q[:, 0], seen, text, own).reshape(1, -1))
         self._position.add_(1)
         return decoder.logits(hidden, added)[0]
@@ -102,7 +110,7 @@ class DecodeStep:
             return
         params = sampler.params
         wanted = (
-            cache.moves, cache.sparse, self._angles.moves, len(self._dice),
+            cache.moves, cache.sparse, bool(cache.lag), self._angles.moves, len(self._dice),
             params.temperature, params.top_k if params.temperature else 0, params.top_p if params.temperature else 1.0,
         )  # fmt: skip
         if self._graph is None or self._captured != wanted:

@@ -23,9 +23,12 @@ class Selection:
 
     token_map: TokenMap  # N tokens, structural ones included, media after media
     saliency: Tensor  # (N,) float32, attention received in the encoder
-    store: Tensor  # (S,) int64: the encoder token of each entry of the visual store
-    scores: tuple[Tensor, ...] | None  # L times (S,) float32, the question's mean attention; None in a dense turn
-    active: tuple[Tensor, ...] | None  # L times (k,) int64 into the store, ascending; None: everything was read
+    store: Tensor  # (S,) int64: the encoder token of each entry of the visual store, as it enters the first layer
+    # L times (S,) float32, the question's mean attention, 0 for what an earlier layer has pruned; None in a dense turn
+    scores: tuple[Tensor, ...] | None
+    # L times (k,) int64 into the store, ascending: what the layer read, whether retrieved for this turn or all that
+    # pruning inside the decoder has left it for good. None: every layer read everything.
+    active: tuple[Tensor, ...] | None
 
     def layer_share(self) -> Tensor:
         """Share of layers that read each encoder token, (N,) float32."""

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..kernels.attention import attention, merge_attention
 from ..kernels.extend_attention import extend_attention
 from ..kernels.retrieval import retrieval
-from ..models.interface import Progress, ProgressFn, VisionLanguageModel, VisualTokens, no_progress
+from ..models.interface import Progress, ProgressFn, TokenMap, VisionLanguageModel, VisualTokens, no_progress
 from .cache import KVCache
 from .decode_step import AngleTable, Answer, DecodeStep
 from .sampler import Sampler
@@ -55,6 +56,9 @@ class Prefilled:
     hidden: Tensor  # (hidden_size,) of the last token
     scores: list[Tensor] | None  # per layer (N,) float32, mean over heads and rows, if they were asked for
     layer_tokens: list[int]  # tokens that each layer computed
+    # Per layer, where a method prunes inside the decoder: which of this prefill's visual tokens are in its store,
+    # (n,) int64 ascending.
+    stayed: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -62,10 +66,12 @@ class _Chunk:
     """Consecutive tokens on their way through the layers; pruning inside the decoder shortens them."""
 
     hidden: Tensor  # (M, hidden_size)
+    positions: Tensor  # (M,) or, of multimodal RoPE, (3, M)
     cos: Tensor  # (M, D/2), of the positions
     sin: Tensor
     visual: Tensor  # (M,) bool
     after_media: Tensor  # (M,) bool: stands after the last visual token of this prefill
+    raters: Tensor  # (M,) bool: those of them that the method has rate
     num_visual: int
 
     def __len__(self) -> int:
@@ -73,8 +79,9 @@ class _Chunk:
 
     def select(self, stays: Tensor) -> None:
         """Keeps the tokens stays (M,) bool; they keep their positions."""
-        for name in ("hidden", "cos", "sin", "visual", "after_media"):
+        for name in ("hidden", "cos", "sin", "visual", "after_media", "raters"):
             setattr(self, name, getattr(self, name)[stays])
+        self.positions = self.positions[..., stays]
         self.num_visual = int(self.visual.sum())
 
 
@@ -134,12 +141,14 @@ class Runner:
         assert total > 0, "nothing to prefill"
         has_visual = any(isinstance(span, VisualSpan) for span in spans)
         assert not (score and has_visual), "only a question behind its media is scored"
-        prunes = has_visual and any(method.layer_rows(i) for i in range(cache.num_layers))
+        num_visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
+        prunes = num_visual > 0 and any(method.layer_rows(i) for i in range(cache.num_layers))
         # A method that prunes after a layer needs all tokens at that layer, so they walk through it together.
         block = total if prunes else self.chunk_tokens
-        positions, next_position = self._positions(spans, cache.next_position)
+        positions, next_position = self._positions(_parts(spans), cache.next_position)
         mass = [torch.zeros(n, device=self.device) for n in cache.visual_lens()] if score else None
         layer_tokens = [0] * cache.num_layers
+        pruning = _Pruning(self, cache, spans, next_position, method) if prunes else None
         hidden = torch.empty(0)
         for start in range(0, total, block):
             end = min(start + block, total)
@@ -147,23 +156,41 @@ class Runner:
                 self._chunk(spans, positions, c, min(c + self.chunk_tokens, end))
                 for c in range(start, end, self.chunk_tokens)
             ]
+            if pruning is not None:
+                pruning.choose_raters(chunks)
             for layer in range(cache.num_layers):
                 progress(Progress("prefill", start + (end - start) * layer // cache.num_layers, total, "tokens"))
+                if cache.lag and (step := cache.lag[layer] - (cache.lag[layer - 1] if layer else 0)):
+                    for chunk in chunks:
+                        self._move(chunk, chunk.positions - step)
+                if pruning is not None:
+                    pruning.before(layer, chunks)
                 layer_tokens[layer] += sum(map(len, chunks))
-                self._layer(cache, layer, chunks, method if prunes else None, mass)
+                self._layer(cache, layer, chunks, pruning, mass)
             hidden = chunks[-1].hidden[-1]
         cache.next_position = next_position
+        if pruning is not None:
+            cache.lag = pruning.lag()
         progress(Progress("prefill", total, total, "tokens"))
         scores = None if mass is None else [m / (self.decoder.config.num_heads * total) for m in mass]
-        return Prefilled(hidden, scores, layer_tokens)
+        return Prefilled(hidden, scores, layer_tokens, None if pruning is None else tuple(pruning.stayed))
+
+    def _move(self, chunk: _Chunk, positions: Tensor) -> None:
+        """Puts the tokens of a chunk at other positions, from the next layer on."""
+        chunk.positions = positions
+        chunk.cos, chunk.sin = self.decoder.angles(positions)
 
     def _layer(
-        self, cache: KVCache, layer: int, chunks: list[_Chunk], method: Method | None, mass: list[Tensor] | None
+        self,
+        cache: KVCache,
+        layer: int,
+        chunks: list[_Chunk],
+        pruning: _Pruning | None,
+        mass: list[Tensor] | None,
     ) -> None:
         """One layer over all chunks of a block, in order."""
         module = self.decoder.layer(layer)
-        rows = method.layer_rows(layer) if method else None
-        first_visual = cache.visual[layer].length
+        rows = None if pruning is None else pruning.rows_after(layer)
         seen: list[tuple[Tensor, Tensor]] = []  # q and lse of the rows that the method wants
         for i, chunk in enumerate(chunks):
             q, k, v = module.project(chunk.hidden, chunk.cos, chunk.sin)
@@ -175,45 +202,22 @@ class Runner:
             if rows is not None:
                 wanted = _wanted_rows(chunk, rows, last=i == len(chunks) - 1)
                 seen.append((q[:, wanted], lse[:, wanted]))
-        if method is not None and rows is not None:
-            self._prune(cache, layer, chunks, method, seen, first_visual)
+        if pruning is not None:
+            pruning.after(layer, chunks, seen)
 
-    def _prune(
-        self,
-        cache: KVCache,
-        layer: int,
-        chunks: list[_Chunk],
-        method: Method,
-        seen: list[tuple[Tensor, Tensor]],
-        first_visual: int,
-    ) -> None:
-        """Asks the method which of this block's visual tokens go on, and drops the others from the chunks."""
-        q, lse = torch.cat([q for q, _ in seen], dim=1), torch.cat([lse for _, lse in seen], dim=1)
-        scores = retrieval(q, cache.visual_keys(layer)[:, first_visual:], lse) / (q.shape[0] * q.shape[1])
-        keep = method.on_layer(layer, scores)
-        if keep is None:
-            return
-        goes_on = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        goes_on[keep] = True
-        offset = 0
-        for chunk in chunks:
-            count = int(chunk.visual.sum())
-            stays = ~chunk.visual
-            stays[chunk.visual] = goes_on[offset : offset + count]
-            offset += count
-            chunk.select(stays)
-        chunks[:] = [chunk for chunk in chunks if len(chunk)]
+    def _positions(self, parts: Sequence[int | TokenMap], start: int) -> tuple[Tensor, int]:
+        """Positions (M,) or, of multimodal RoPE, (3, M) of all tokens, and the next free one.
 
-    def _positions(self, spans: Sequence[Span], start: int) -> tuple[Tensor, int]:
-        """Positions (M,) or, of multimodal RoPE, (3, M) of all tokens, and the next free one."""
-        parts = []
-        for span in spans:
-            if isinstance(span, TextSpan):
-                positions, start = self.model.text_positions(len(span), start)
+        A part is a number of text tokens or what there is of one media item.
+        """
+        found = []
+        for part in parts:
+            if isinstance(part, int):
+                positions, start = self.model.text_positions(part, start)
             else:
-                positions, start = self.model.visual_positions(span.tokens.token_map, start)
-            parts.append(positions)
-        return torch.cat(parts, dim=-1).to(self.device), start
+                positions, start = self.model.visual_positions(part, start)
+            found.append(positions)
+        return torch.cat(found, dim=-1).to(self.device), start
 
     def _chunk(self, spans: Sequence[Span], positions: Tensor, start: int, end: int) -> _Chunk:
         """Tokens start..end of the spans, embedded; the projector runs here, so its output is never held whole."""
@@ -234,11 +238,14 @@ class Runner:
                 hidden.append(self.model.embed_visual(tokens))
                 visual.append(~tokens.token_map.structural)
         is_visual = torch.cat(visual)
+        after_media = torch.arange(start, end, device=self.device) >= last_visual
         return _Chunk(
             torch.cat(hidden),
+            positions[..., start:end],
             *self.decoder.angles(positions[..., start:end]),
             is_visual.to(self.device),
-            torch.arange(start, end, device=self.device) >= last_visual,
+            after_media,
+            after_media,
             num_visual=int(is_visual.sum()),
         )
 
@@ -277,10 +284,114 @@ class Runner:
         return self.decoder.logits(hidden[None])[0]
 
 
+class _Pruning:
+    """What a method drops of one prefill's visual tokens on their way through the layers, which they walk together."""
+
+    def __init__(self, runner: Runner, cache: KVCache, spans: Sequence[Span], next_position: int, method: Method):
+        self._runner, self._cache, self._method = runner, cache, method
+        self._parts, self._next_position = _parts(spans), next_position
+        # Indices among this prefill's visual tokens of those that are still there.
+        self._num_visual = sum(part.num_visual for part in self._parts if not isinstance(part, int))
+        self._there = torch.arange(self._num_visual)
+        self._lag = list(cache.lag or [0] * cache.num_layers)
+        self.stayed: list[Tensor] = []  # per layer, what `_there` was when it ran
+
+    def choose_raters(self, chunks: list[_Chunk]) -> None:
+        """Asks the method for the rows that rate, before the first layer, if any layer wants them."""
+        if all(self._method.layer_rows(layer) != "raters" for layer in range(self._cache.num_layers)):
+            return
+        text = torch.cat([chunk.hidden[chunk.after_media] for chunk in chunks])
+        chosen = self._method.raters((chunk.hidden[chunk.visual] for chunk in chunks), text)
+        for chunk in chunks:
+            count = int(chunk.after_media.sum())
+            chunk.raters = chunk.after_media.clone()
+            chunk.raters[chunk.after_media], chosen = chosen[:count], chosen[count:]
+
+    def rows_after(self, layer: int) -> Rows | None:
+        """Which rows of a layer `after` needs."""
+        rows = self._method.layer_rows(layer)
+        return None if rows == "before" else rows
+
+    def before(self, layer: int, chunks: list[_Chunk]) -> None:
+        """Prunes before a layer runs, where the method does: the last row, by this layer's projections."""
+        if self._method.layer_rows(layer) == "before":
+            module = self._runner.decoder.layer(layer)
+            projected = [module.project(chunk.hidden, chunk.cos, chunk.sin) for chunk in chunks]
+            q = projected[-1][0][:, -1:]  # (H, 1, D): sees every key
+            pairs = [*self._cache.segments(layer), *((k, v) for _, k, v in projected)]
+            _, lse = merge_attention([attention(q, *pair, causal=False) for pair in pairs if pair[0].shape[1]])
+            keys = [k[:, chunk.visual] for (_, k, _), chunk in zip(projected, chunks, strict=True)]
+            self._drop(layer, retrieval(q, torch.cat(keys, dim=1), lse) / q.shape[0], chunks, first_without=layer)
+        self.stayed.append(self._there)
+
+    def after(self, layer: int, chunks: list[_Chunk], seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Prunes after a layer, where the method does; seen: q and lse of the rows it wanted, chunk by chunk."""
+        if not seen:
+            return
+        q, lse = torch.cat([q for q, _ in seen], dim=1), torch.cat([lse for _, lse in seen], dim=1)
+        keys = self._cache.visual_keys(layer)[:, -len(self._there) :]
+        self._drop(layer, retrieval(q, keys, lse) / (q.shape[0] * q.shape[1]), chunks, first_without=layer + 1)
+
+    def _drop(self, layer: int, scores: Tensor, chunks: list[_Chunk], *, first_without: int) -> None:
+        """Asks the method which visual tokens go on, and drops the others from the chunks."""
+        keep = self._method.on_layer(layer, scores)
+        if keep is None:
+            return
+        self._there = self._there[keep.cpu()]
+        goes_on = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        goes_on[keep] = True
+        offset = 0
+        for chunk in chunks:
+            count = int(chunk.visual.sum())
+            stays = ~chunk.visual
+            stays[chunk.visual] = goes_on[offset : offset + count]
+            offset += count
+            chunk.select(stays)
+        chunks[:] = [chunk for chunk in chunks if len(chunk)]
+        if self._method.renumbers:
+            self._renumber(layer, chunks, first_without)
+
+    def _renumber(self, layer: int, chunks: list[_Chunk], first_without: int) -> None:
+        """Places the tokens of the chunks as if the dropped ones had never been, from `first_without` on."""
+        earlier = self._cache.lag[layer] if self._cache.lag else 0
+        positions, after = self._runner._positions(self._parts_there(), self._cache.next_position - earlier)
+        for chunk, own in zip(chunks, positions.split([len(chunk) for chunk in chunks], dim=-1), strict=True):
+            self._runner._move(chunk, own)
+        behind = self._next_position - earlier - after
+        for later in range(first_without, self._cache.num_layers):
+            self._lag[later] = behind + (self._cache.lag[later] if self._cache.lag else 0)
+
+    def _parts_there(self) -> list[int | TokenMap]:
+        """Text, and what is still there of the media."""
+        parts: list[int | TokenMap] = []
+        there = torch.zeros(self._num_visual, dtype=torch.bool)
+        there[self._there] = True
+        offset = 0
+        for part in self._parts:
+            if not isinstance(part, int):
+                stays = part.structural.clone()
+                stays[~part.structural] = there[offset : offset + part.num_visual]
+                offset += part.num_visual
+                part = part.select(torch.nonzero(stays)[:, 0])
+            parts.append(part)
+        return parts
+
+    def lag(self) -> tuple[int, ...]:
+        """`KVCache.lag` behind this prefill."""
+        return tuple(self._lag) if any(self._lag) else ()
+
+
+def _parts(spans: Sequence[Span]) -> list[int | TokenMap]:
+    """What positions depend on: the number of text tokens, or the map of a media item."""
+    return [len(span) if isinstance(span, TextSpan) else span.tokens.token_map for span in spans]
+
+
 def _wanted_rows(chunk: _Chunk, rows: Rows, *, last: bool) -> Tensor:
     """(M,) bool: the rows of a chunk whose scores a method wants."""
     if rows == "question":
         return chunk.after_media
+    if rows == "raters":
+        return chunk.raters
     wanted = torch.zeros_like(chunk.after_media)
     if last:
         wanted[-1] = True

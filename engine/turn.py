@@ -18,7 +18,7 @@ from ..errors import ContextTooLong
 from ..models.interface import ProgressFn, PromptPiece, no_progress
 from .cache import KVCache
 from .config import Chunk, FinishReason, SamplingParams
-from .conversation import MediaItem, Placed, Policy, Record, State, select
+from .conversation import MediaItem, Placed, Policy, Record, State, pruned_inside, select
 from .decode_step import Answer
 from .diagnostics import Selection
 from .meter import Meter
@@ -75,7 +75,8 @@ class TurnDriver:
         )
 
     def _method(self, state: State) -> Method:
-        return make_method(self._policy.of_all(state.media))
+        method = make_method(self._policy.of_all(state.media))
+        return method.at_depth(self._engine.model.decoder.config.num_layers)
 
     def _media_spans(self, state: State) -> tuple[list[Span], list[Placed]]:
         spans: list[Span] = []
@@ -119,7 +120,11 @@ class TurnDriver:
     # The question
 
     def check_context(self, state: State, question: str) -> None:
-        """Raises ContextTooLong, before anything is encoded, with a number of frames that would fit."""
+        """Raises ContextTooLong, before anything is encoded, with a number of frames that would fit.
+
+        Raises InvalidRequest where the method cannot do in this decoder what was asked of it.
+        """
+        self._method(state)
         text = sum(map(len, self._texts_before_media(state))) + len(self._question_ids(state, question))
         planned = {item: self._policy.planned_positions(item) for item in state.pending}
         used, room = self._cache.next_position, self._engine.max_context - self._closing_len()
@@ -155,7 +160,7 @@ class TurnDriver:
         asked = replace(
             state,
             prefilled=len(state.open_media),
-            placed=(*state.placed, *placed),
+            placed=(*state.placed, *pruned_inside(placed, prefilled.stayed)),
             checkpoint=self._cache.checkpoint().before_text(len(ids)),
         )
         return asked, prefilled, len(ids)

@@ -5,18 +5,24 @@ A method is a frozen dataclass of hyper-parameters. It returns what stays; runne
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from ...errors import InvalidRequest
+from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
 
-# Which rows of the prompt a method wants scored in a layer's prefill: the last one, or all after the last visual token.
-Rows = Literal["last", "question"]
+# Which rows of the prompt a method wants scored in a layer's prefill: the last one, all after the last visual token, or
+# those of them that `raters` chose. "before" is the last one too, by the projections of the layer before it has run:
+# what `on_layer` drops then does not enter this layer.
+Rows = Literal["last", "question", "raters", "before"]
 
 
 def keep_count(n: int, removed: float) -> int:
@@ -51,8 +57,17 @@ class Method:
 
     # A method that compares the encoder's keys gets them with the tokens.
     needs_keys = False
-    # A method that needs the question while the media are prefilled gets them as [media | question].
-    needs_question = False
+    # Whether tokens behind a pruned one move up, in the layers that it is missing from; else all keep their positions.
+    renumbers = False
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether it needs the question while the media are prefilled: it gets them as [media | question]."""
+        return False
+
+    def at_depth(self, num_layers: int) -> Method:
+        """The method for a decoder of that many layers. Raises InvalidRequest where what was asked cannot be met."""
+        return self
 
     @property
     def scores_turn(self) -> bool:
@@ -68,8 +83,15 @@ class Method:
         return None
 
     def layer_rows(self, layer: int) -> Rows | None:
-        """Which rows' scores `on_layer` needs after this layer."""
+        """Which rows' scores `on_layer` needs at this layer."""
         return None
+
+    def raters(self, visual: Iterable[Tensor], text: Tensor) -> Tensor:
+        """Which rows after the media rate, (T,) bool; asked once, with what enters the decoder.
+
+        visual: (M, hidden_size) each, one behind the other all visual tokens; text (T, hidden_size).
+        """
+        return torch.ones(len(text), dtype=torch.bool, device=text.device)
 
     def on_layer(self, layer: int, scores: Tensor) -> Tensor | None:
         """Permanent pruning inside the language model.
@@ -82,3 +104,50 @@ class Method:
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
         """What this turn may read: scores (N,) float32 per layer -> ascending indices, None for all."""
         return None
+
+
+@dataclass(frozen=True)
+class StagedPruning(Method):
+    """Permanent pruning inside the language model, at a few layers by top-k; ties go to the lower index.
+
+    With `prefill` 0 there are no stages, and nothing of it is computed.
+    """
+
+    # (layer, fraction removed there of the tokens that are still there), ascending; `at_depth` sets them.
+    stages: tuple[tuple[int, float], ...] = ()
+    rows: ClassVar[Rows] = "last"
+
+    @property
+    def needs_question(self) -> bool:
+        return self.prefill > 0
+
+    def layer_rows(self, layer: int) -> Rows | None:
+        return self.rows if layer in dict(self.stages) else None
+
+    def on_layer(self, layer: int, scores: Tensor) -> Tensor | None:
+        return top_k(scores[None], keep_count(len(scores), dict(self.stages)[layer]))[0]
+
+
+def met_on_average(
+    name: str, removed: float, lengths: Sequence[int], shares: Callable[[float], Sequence[float]]
+) -> tuple[float, ...]:
+    """Fractions removed at each stage such that layers miss the fraction `removed` of the visual tokens on average.
+
+    lengths: layers before the first stage, between stages, and after the last; shares(x): share of all tokens that is
+    there after each stage, none of it at x = 0, everything at x = 1, growing with x. Raises InvalidRequest where the
+    layers before the first stage alone read more.
+    """
+    total = sum(lengths)
+    if lengths[0] >= (1 - removed) * total:
+        raise InvalidRequest(
+            f"prefill sparsity of {name}: expected less than {1 - lengths[0] / total:.4g}, got {removed}: the first "
+            f"{lengths[0]} of {total} layers see everything"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        x = (low + high) / 2
+        mean = (lengths[0] + sum(n * s for n, s in zip(lengths[1:], shares(x), strict=True))) / total
+        low, high = (low, x) if mean > 1 - removed else (x, high)
+    # Rounded, so that a share meant to be a half is one: counts round half up.
+    there = [1.0, *(round(max(share, 1e-9), 9) for share in shares(high))]
+    return tuple(1 - after / before for before, after in itertools.pairwise(there))

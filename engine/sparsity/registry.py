@@ -7,15 +7,21 @@ from ...models.interface import MediaKind
 from ..config import Sparsity
 from .base import Method
 from .controls import NoTokens
+from .fastv import FastV
+from .pdrop import PDrop
 from .prumerge import PruMerge, PruMergePlus
 from .random import RandomTokens
 from .sparsevila import SparseVILA
+from .sparsevlm import SparseVLMPlus
 from .visionzip import VisionZip
 
 METHODS: dict[str, type[Method]] = {
     "dense": Method,
     "sparsevila": SparseVILA,
     "random": RandomTokens,
+    "fastv": FastV,
+    "pdrop": PDrop,
+    "sparsevlm+": SparseVLMPlus,
     "visionzip": VisionZip,
     "prumerge": PruMerge,
     "prumerge+": PruMergePlus,

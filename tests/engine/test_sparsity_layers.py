@@ -1,0 +1,289 @@
+"""Methods that prune inside the language model, against one plain masked pass over the whole conversation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_nvila
+import tiny_qwen
+import torch
+from oracles import TINY, build_oracle, write_clip
+from torch import Tensor
+
+from sparsevila import Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity, Video
+from sparsevila.engine.diagnostics import ACTIVE, STRUCTURAL
+from sparsevila.engine.runner import TextSpan
+from sparsevila.engine.sparsity.base import Method, met_on_average
+from sparsevila.engine.sparsity.fastv import FastV
+from sparsevila.engine.sparsity.pdrop import PDrop
+from sparsevila.engine.sparsity.registry import make_method
+from sparsevila.engine.sparsity.sparsevlm import SparseVLMPlus
+from sparsevila.models.interface import VisualTokens
+
+LAYERS = 8
+SHORT = SamplingParams(max_new_tokens=5)
+QUESTIONS = ("What is it?", "Which colour is the car on the left?", "And then?")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method in words of the plain pass, for a decoder of LAYERS layers."""
+
+    sparsity: Sparsity
+    stages: dict[int, float]  # layer: share that goes on of what is there
+    before: bool = False  # ranked before the layer, by its projections; else after it
+    raters: bool = False  # rated by chosen words; else by the last one
+    renumbers: bool = False
+
+
+RULES = {
+    "fastv": Rule(Sparsity(0.6, method="fastv"), {1: 0.4}),
+    # 50, 25, 12.5 %: 2 (1 + 1/2 + 1/4 + 1/8) of 8 layers.
+    "pdrop": Rule(Sparsity(1 - 1.875 / 4, method="pdrop"), {2: 0.5, 4: 0.5, 6: 0.5}, before=True, renumbers=True),
+    # 60, 40, 22 % as 300, 200, 110: 1 + 0.6 + 2 * 0.4 + 4 * 0.22 of 8 layers.
+    "sparsevlm+": Rule(Sparsity(0.59, method="sparsevlm+"), {0: 0.6, 1: 0.4 / 0.6, 3: 0.22 / 0.4}, raters=True),
+}  # fmt: skip
+
+
+def picture(seed: int = 4) -> Image:
+    return Image(np.random.default_rng(seed).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+
+
+def _qwen(folder: Path) -> None:
+    config = tiny_qwen.config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_qwen, "config", lambda *a, **k: {**config(*a, **k), "num_hidden_layers": LAYERS})
+        tiny_qwen.build(folder, generation="qwen2.5")
+
+
+def _nvila(folder: Path) -> None:
+    shape = tiny_nvila.SHAPES["nvila"]
+    tiny_nvila.write(folder, replace(shape, text={**shape.text, "num_hidden_layers": LAYERS}))
+
+
+# One-dimensional and multimodal RoPE; structural tokens of every kind.
+BUILD: dict[str, Callable[[Path], Any]] = {
+    "vicuna": lambda folder: build_oracle(folder, replace(TINY["vicuna"], layers=LAYERS)),
+    "qwen2.5": _qwen,
+    "nvila": _nvila,
+}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    found = {}
+    for name, build in BUILD.items():
+        folder = tmp_path_factory.mktemp(name)
+        build(folder)
+        found[name] = Engine.load(folder, device="cpu", dtype="float32")
+    yield found
+    for engine in found.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Video:
+    return replace(write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=6), frames=4)
+
+
+@pytest.fixture(params=BUILD)
+def shown(request: pytest.FixtureRequest, engines: dict[str, Engine], clip: Video) -> tuple[Engine, Image | Video]:
+    return engines[request.param], clip if request.param == "qwen2.5" else picture()
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> Rule:
+    return RULES[request.param]
+
+
+def contents(session: Session) -> list[Tensor]:
+    cache = session._cache
+    return [t.clone() for stores in (cache.visual, cache.text) for store in stores for t in store.segment()]
+
+
+def assert_same(a: Session, b: Session) -> None:
+    """Bit for bit: cache, positions of every layer, history."""
+    assert a._cache.checkpoint() == b._cache.checkpoint() == a._state.checkpoint == b._state.checkpoint
+    assert [(t.question, t.answer) for t in a.history] == [(t.question, t.answer) for t in b.history]
+    assert all(torch.equal(x, y) for x, y in zip(contents(a), contents(b), strict=True))
+
+
+# The plain pass: no cache, no chunks, one mask, float64 softmax; tokens are struck off the whole sequence.
+
+
+class Plain:
+    """The conversation of a session as one sequence, and what a rule makes of it."""
+
+    def __init__(self, session: Session, rule: Rule) -> None:
+        self.rule, self.model, self.decoder = rule, session._engine.model, session._engine.model.decoder
+        self.parts: list[tuple[int, ...] | VisualTokens] = []
+        self.turns: list[tuple[range, list[range]]] = []  # rows of the question, and of each of its media items
+        self.answers: list[tuple[int, int]] = []  # row, the token that came after it
+        self.size = 0
+        driver, state = session._driver(None, lambda _: None), session._state  # type: ignore[arg-type]
+        placed = iter(state.placed)
+        prompt = session._engine.model.prompt
+        for t, record in enumerate(state.records):
+            media = []
+            for i, _ in enumerate(record.media):
+                pieces = prompt.between_media() if i else driver._opening(record.before)
+                self.add(driver._ids(pieces, start=t == 0 and i == 0))
+                media.append(self.add(next(placed).survivors.tokens))
+            asked = replace(record.asked, records=state.records[:t])
+            question = self.add(driver._question_ids(asked, record.question))
+            self.turns.append((question, media))
+            for token in record.answer_ids:
+                self.answers.append((self.size - 1, token))
+                self.add((token,))
+            self.add(driver._ids(prompt.closing()))
+
+    def add(self, part: tuple[int, ...] | VisualTokens) -> range:
+        self.parts.append(part)
+        self.size += len(part)
+        return range(self.size - len(part), self.size)
+
+    def visual(self, rows: range) -> list[int]:
+        """The rows of a medium that are no layout."""
+        part = next(p for p, at in self._placed_parts() if at == rows)
+        assert isinstance(part, VisualTokens)
+        return [row for row, structural in zip(rows, part.token_map.structural.tolist(), strict=True) if not structural]
+
+    def _placed_parts(self) -> Iterator[tuple[tuple[int, ...] | VisualTokens, range]]:
+        start = 0
+        for part in self.parts:
+            yield part, range(start, start + len(part))
+            start += len(part)
+
+    def positions(self, there: list[int]) -> Tensor:
+        """Positions of a sequence that consists of the rows `there` alone."""
+        here, start, found = set(there), 0, []
+        for part, rows in self._placed_parts():
+            kept = [i for i, row in enumerate(rows) if row in here]
+            if isinstance(part, VisualTokens):
+                positions, start = self.model.visual_positions(part.token_map.select(torch.tensor(kept)), start)
+            else:
+                assert len(kept) == len(part)
+                positions, start = self.model.text_positions(len(kept), start)
+            found.append(positions)
+        result = torch.cat(found, dim=-1)
+        if result.ndim == 1:
+            assert result.tolist() == list(range(len(there)))
+        return result
+
+    def raters(self, hidden: Tensor, question: range, visual: list[int]) -> list[int]:
+        words = hidden[list(question)].double()
+        similarity = [0.0] * len(question)
+        for row in visual:
+            for i, share in enumerate((words @ hidden[row].double()).softmax(0).tolist()):
+                similarity[i] += share / len(visual)
+        mean = sum(similarity) / len(similarity)
+        chosen = [row for row, value in zip(question, similarity, strict=True) if value > mean]
+        assert 0 < len(chosen) < len(question)
+        return chosen
+
+    @torch.inference_mode()
+    def run(self) -> tuple[Tensor, list[list[list[int]]]]:
+        """Logits of the rows, all of which must be text from the first answer on; and per turn with media and per
+        layer which of its visual tokens the layer read."""
+        hidden = torch.cat(
+            [
+                self.model.embed_visual(part) if isinstance(part, VisualTokens)
+                else self.decoder.embed(torch.tensor(part, dtype=torch.long))
+                for part in self.parts
+            ]
+        )  # fmt: skip
+        turns = [(q, [row for rows in media for row in self.visual(rows)]) for q, media in self.turns if media]
+        rating = [self.raters(hidden, q, visual) if self.rule.raters else [q[-1]] for q, visual in turns]
+        there = list(range(self.size))
+        whole = positions = self.positions(there)
+        read: list[list[list[int]]] = [[] for _ in turns]
+
+        def attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = layer.project(hidden, *self.decoder.angles(positions))
+            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], 0).double() for x in (k, v))
+            scores = q.double() @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+            later = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
+            return scores.masked_fill(later, -torch.inf).softmax(-1), v
+
+        def gone(p: Tensor, turn: int, share: float) -> set[int]:
+            """The rows of a turn's media that go no further."""
+            index = {row: i for i, row in enumerate(there)}
+            own, raters = [row for row in turns[turn][1] if row in index], rating[turn]
+            score = {row: sum(float(p[:, index[r], index[row]].mean()) for r in raters) / len(raters) for row in own}
+            return set(sorted(own, key=lambda row: (-score[row], row))[max(1, math.floor(share * len(own) + 0.5)) :])
+
+        def strike(rows: set[int]) -> None:
+            nonlocal hidden, there, positions
+            hidden = hidden[[row not in rows for row in there]]
+            there = [row for row in there if row not in rows]
+            positions = self.positions(there) if self.rule.renumbers else whole[..., there]
+
+        for i, layer in enumerate(self.decoder.layers):
+            share = self.rule.stages.get(i)
+            if share is not None and self.rule.before:
+                for turn in range(len(turns)):  # a turn ranks where the earlier ones have lost theirs
+                    strike(gone(attention(layer, hidden)[0], turn, share))
+            for (_, visual), layers in zip(turns, read, strict=True):
+                layers.append([n for n, row in enumerate(visual) if row in set(there)])
+            p, v = attention(layer, hidden)
+            hidden = layer.finish(hidden, (p @ v).float())
+            if share is not None and not self.rule.before:
+                strike(set().union(*(gone(p, turn, share) for turn in range(len(turns)))))
+        logits = torch.full((self.size, self.decoder.config.vocab_size), torch.nan)
+        logits[there] = self.decoder.logits(hidden)
+        return logits, read
+
+
+def check(session: Session, rule: Rule, *, greedy_from: int = 0) -> None:
+    """A session equals the plain pass: tokens from the turn `greedy_from` on, kept sets, and logits of what follows."""
+    engine, plain = session._engine, Plain(session, rule)
+    logits, read = plain.run()
+    before = sum(len(r.answer_ids) for r in session._state.records[:greedy_from])
+    for row, token in plain.answers[before:]:
+        assert int(logits[row].argmax()) == token
+    turns = iter(read)
+    placed = iter(session._state.placed)
+    for record in session._state.records:
+        if not record.media:
+            continue
+        items = [next(placed) for _ in record.media]
+        for layer, want in enumerate(next(turns)):
+            offset, got = 0, []
+            for item in items:
+                assert item.layers is not None
+                got += (item.layers[layer] + offset).tolist()
+                offset += len(item.in_store())
+            assert got == want, f"layer {layer}"
+    assert session._cache.visual_lens() == [sum(len(turn[layer]) for turn in read) for layer in range(LAYERS)]
+    # A question, and two tokens by steps.
+    asked = session._driver(None, lambda _: None)._question_ids(session._state, "Last?")  # type: ignore[arg-type]
+    mark = session._cache.checkpoint()
+    engine.reserve(session._cache, text=len(asked) + 2)
+    hidden = engine.runner.prefill(session._cache, [TextSpan(asked)], method=Method()).hidden
+    got = [engine.runner.logits(hidden), *(engine.runner.decode(session._cache, token) for token in (40, 41))]
+    session._cache.restore(mark)
+    plain.add(asked)
+    plain.add((40, 41))
+    for a, b in zip(got, plain.run()[0][-3:], strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+class TestAgainstThePlainPass:
+    def test_three_turns_with_later_media(self, shown, rule):
+        engine, item = shown
+        session = engine.session(media=[item], sparsity=rule.sparsity)
+        session.ask(QUESTIONS[0], params=SHORT)
+        check(session, rule)
+        session.ask(QUESTIONS[1], media=[picture(5)], params=SHORT)
+        session.ask(QUESTIONS[2], params=SHORT)
+        check(session, rule)
+        # On three axes tokens move up only where a whole row, column or frame has gone.
+        lag, stages = session._cache.lag, len(set(session._cache.visual_lens()))
+        assert stages == len(rule.stages) + 1
+        assert (1 < len(set(lag)) <= stages and list(lag) == sorted(lag)) if rule.renumbers else lag == ()
