@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsevila import ContextTooLong, Engine, Image, MediaError, SamplingParams, Sparsity, Video
 from sparsevila.engine.session import Session
-from sparsevila.engine.sparsity.base import Survivors, keep_count
+from sparsevila.engine.sparsity.base import Method, Survivors, keep_count
 from sparsevila.engine.sparsity.controls import NoTokens
 from sparsevila.engine.sparsity.prumerge import PruMerge, PruMergePlus
 from sparsevila.engine.sparsity.registry import METHODS, make_method
@@ -249,7 +249,7 @@ class TestEveryMethod:
                 tokens, method = drawn(where, seed), make_method(Sparsity(removed, method=name))
                 survivors = method.on_vision(tokens, kind)
                 if survivors is None:
-                    assert name == "dense"
+                    assert type(method).on_vision is Method.on_vision  # dense, or it prunes inside the decoder
                     continue
                 sources, kept = survivors.sources, survivors.tokens.token_map
                 assert torch.equal(sources, sources.unique())
@@ -453,7 +453,7 @@ def test_a_fraction_of_zero_is_dense_to_the_bit(name, method, engines, shown):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sessions_and_turns_do_not_disturb_each_other(method, engines, shown):
-    engine, policy = engines["vicuna"], Sparsity(0.6, 0.5, method=method)
+    engine, policy = engines["mistral"], Sparsity(0.3, 0.5, method=method)
     media, texts = (picture(1), picture(2)), ("What is it?", "And then?", "Why?")
     alone = []
     for item in media:
@@ -463,8 +463,8 @@ def test_sessions_and_turns_do_not_disturb_each_other(method, engines, shown):
     mixed: list[list[tuple[int, ...]]] = [[], []]
     for text in texts:
         for session, answers in zip(sessions, mixed, strict=True):
-            session.ask("Unrelated?", params=SHORT, remember=False)
             answers.append(session.ask(text, params=SHORT).token_ids)
+            session.ask("Unrelated?", params=SHORT, remember=False)
     assert mixed == alone
     before = [t.clone() for t in contents(sessions[0])]
     sessions[0].ask("Once more?", params=SHORT)
