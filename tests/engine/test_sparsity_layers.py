@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ from oracles import TINY, build_oracle, write_clip
 from torch import Tensor
 
 from sparsevila import Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity, Video
+from sparsevila.engine.decode_step import DecodeStep
 from sparsevila.engine.diagnostics import ACTIVE, STRUCTURAL
 from sparsevila.engine.runner import TextSpan
-from sparsevila.engine.sparsity.base import Method, met_on_average
+from sparsevila.engine.sparsity.base import Method
 from sparsevila.engine.sparsity.fastv import FastV
 from sparsevila.engine.sparsity.pdrop import PDrop
-from sparsevila.engine.sparsity.registry import make_method
+from sparsevila.engine.sparsity.registry import METHODS, make_method
+from sparsevila.engine.sparsity.sparsevila import SparseVILA
 from sparsevila.engine.sparsity.sparsevlm import SparseVLMPlus
 from sparsevila.models.interface import VisualTokens
 
@@ -287,3 +291,289 @@ class TestAgainstThePlainPass:
         lag, stages = session._cache.lag, len(set(session._cache.visual_lens()))
         assert stages == len(rule.stages) + 1
         assert (1 < len(set(lag)) <= stages and list(lag) == sorted(lag)) if rule.renumbers else lag == ()
+
+    def test_layers_walked_in_small_chunks(self, shown, rule, monkeypatch):
+        engine, item = shown
+        monkeypatch.setattr(engine.runner, "chunk_tokens", 7)
+        session = engine.session(media=[item, picture(5)], sparsity=rule.sparsity)
+        session.ask(QUESTIONS[1], params=SHORT)
+        check(session, rule)
+
+    @pytest.mark.parametrize("change", ["drop", "system", "stronger"])
+    def test_a_conversation_that_is_built_again(self, shown, rule, change):
+        engine, item = shown
+        session = engine.session(media=[item, picture(5)], sparsity=rule.sparsity)
+        session.ask(QUESTIONS[0], params=SHORT)
+        if change == "drop":
+            session.drop(2)
+        elif change == "system":
+            session.system = "Be brief."
+        else:
+            session.sparsity = replace(rule.sparsity, prefill=0.0)
+            session.ask("Now?", params=SHORT, remember=False)
+            assert session._cache.lag == ()
+            assert len(set(session._cache.visual_lens())) == 1
+            session.sparsity = rule.sparsity
+        session.ask(QUESTIONS[1], params=SHORT)
+        check(session, rule, greedy_from=1)
+
+
+class TestSessions:
+    def test_nothing_removed_is_bit_identical_to_dense(self, shown, rule):
+        engine, item = shown
+        none = replace(rule.sparsity, prefill=0.0)
+        assert not make_method(none).needs_question
+        zero, dense = (engine.session(media=[item], sparsity=s) for s in (none, Sparsity(method="dense")))
+        for question in QUESTIONS:
+            assert zero.ask(question, params=SHORT).token_ids == dense.ask(question, params=SHORT).token_ids
+        assert_same(zero, dense)
+        assert zero.selection().active is None
+
+    def test_interleaved_sessions_equal_separate_ones(self, shown, rule):
+        engine, item = shown
+        separate, mixed = ([engine.session(media=[item], sparsity=rule.sparsity) for _ in range(2)] for _ in range(2))
+        for _ in range(2):
+            for session, question in zip(separate, QUESTIONS, strict=False):
+                session.ask(question, params=SHORT)
+            streams = [s.stream(q, params=SHORT) for s, q in zip(mixed, QUESTIONS, strict=False)]
+            while streams:
+                streams = [s for s in streams if next(s, None) is not None]
+        for a, b in zip(separate, mixed, strict=True):
+            assert_same(a, b)
+
+    def test_steps_that_run_ahead(self, shown, rule, monkeypatch):
+        engine, item = shown
+        found = []
+        for ahead in (False, True):
+            monkeypatch.setattr(engine.runner, "runs_ahead", ahead)
+            session = engine.session(media=[item], sparsity=rule.sparsity)
+            found.append(session)
+            for question in QUESTIONS[:2]:
+                session.ask(question, params=SHORT)
+        assert_same(*found)
+
+    def test_the_first_question_prunes_for_all_later_ones(self, shown, rule):
+        engine, item = shown
+        forgetful, cleared, other = (engine.session(media=[item], sparsity=rule.sparsity) for _ in range(3))
+        forgetful.ask(QUESTIONS[0], params=SHORT, remember=False)
+        first = forgetful._state.placed[0].layers
+        again = [forgetful.ask(QUESTIONS[1], params=SHORT, remember=False).token_ids for _ in range(2)]
+        assert forgetful.ask(QUESTIONS[1], params=SHORT).token_ids == again[0] == again[1]
+        assert forgetful._state.placed[0].layers is first
+        cleared.ask(QUESTIONS[0], params=SHORT)
+        cleared.clear()
+        assert cleared.ask(QUESTIONS[1], params=SHORT).token_ids == again[0]
+        assert_same(forgetful, cleared)
+        other.ask(QUESTIONS[1], params=SHORT)
+        assert any(not torch.equal(a, b) for a, b in zip(first, other._state.placed[0].layers, strict=True))
+
+    def test_undo(self, shown, rule):
+        engine, item = shown
+        session, plain, fresh = (engine.session(media=[item], sparsity=rule.sparsity) for _ in range(3))
+        for s in (session, plain):
+            s.ask(QUESTIONS[0], params=SHORT)
+        session.ask(QUESTIONS[1], media=[picture(6)], params=SHORT)
+        session.undo()
+        assert_same(session, plain)
+        session.undo()
+        assert session._cache.next_position == 0  # without its question nothing of the media is in the cache
+        assert session._cache.lag == ()
+        for s in (session, fresh):
+            s.ask(QUESTIONS[2], params=SHORT)
+        assert_same(session, fresh)
+
+    @pytest.mark.parametrize("name", RULES)
+    @pytest.mark.parametrize("end", ["cancel", "fail"])
+    def test_a_turn_that_ends_early_leaves_the_session_as_it_was(self, engines, name, end):
+        engine, rule = engines["vicuna"], RULES[name]
+        session, plain = (engine.session(media=[picture()], sparsity=rule.sparsity) for _ in range(2))
+        for s in (session, plain):
+            s.ask(QUESTIONS[0], params=SHORT)
+        before = session._cache.checkpoint()
+
+        def runs_to(stop_at: int) -> bool:
+            """Whether a turn has no more steps than that; else it ends early at that step."""
+            steps = 0
+
+            def progress(_: object) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == stop_at and end == "cancel":
+                    session.cancel()
+                elif steps == stop_at:
+                    raise KeyError("planned")
+
+            with contextlib.suppress(KeyError):
+                return (
+                    session.ask(QUESTIONS[1], media=[picture(5)], params=SHORT, progress=progress).finish_reason
+                    != "cancelled"
+                )
+            return False
+
+        stop_at = 1
+        while not runs_to(stop_at):
+            assert session._cache.checkpoint() == before
+            stop_at += 1
+        assert stop_at > LAYERS
+        stream = session.stream(QUESTIONS[2], params=SHORT)
+        next(stream)
+        stream.close()
+        plain.ask(QUESTIONS[1], media=[picture(5)], params=SHORT)
+        assert_same(session, plain)
+
+    def test_a_graph_is_captured_anew_where_layers_begin_to_count_for_themselves(self, engines, monkeypatch):
+        engine = engines["vicuna"]
+        session, plain = (engine.session(sparsity=RULES["pdrop"].sparsity) for _ in range(2))
+        captures = 0
+
+        def capture(self: DecodeStep, whole: Any, cache: object) -> Any:
+            nonlocal captures
+            captures += 1
+            return SimpleNamespace(replay=whole)
+
+        session._cache.reserve(visual=3000, text=3000)
+        engine.runner._step_of(session._cache)._graphs = True
+        monkeypatch.setattr(DecodeStep, "_capture", capture)
+        for turn, media in enumerate(([], [picture()], [picture(5)])):
+            for s in (session, plain):
+                s.ask(QUESTIONS[turn], media=media, params=SHORT)
+        assert captures == 2
+        assert_same(session, plain)
+
+
+class TestWhatIsReported:
+    def test_counts_and_shares_by_layer(self, shown, rule):
+        engine, item = shown
+        session = engine.session(media=[item], sparsity=rule.sparsity)
+        session.ask(QUESTIONS[0], params=SHORT)
+        plain = Plain(session, rule)
+        read = plain.run()[1][0]
+        counts = [len(layer) for layer in read]
+        assert sorted(counts, reverse=True) == counts
+        assert counts[0] == session.media[0].tokens_total > counts[-1]
+        later = [session.ask(question, params=SHORT) for question in QUESTIONS[1:]]
+        for result in later:
+            assert result.stats.visual_tokens_kept == counts[0]
+            assert result.stats.visual_tokens_active == pytest.approx(sum(counts) / LAYERS)
+            assert result.stats.layer_tokens == result.stats.prompt_tokens  # text goes through every layer
+        selection = session.selection()
+        where = session._state.placed[0].tokens.token_map
+        share = torch.zeros(len(where))
+        visual = torch.nonzero(~where.structural)[:, 0]
+        for layer in read:
+            share[visual[layer]] += 1 / LAYERS
+        torch.testing.assert_close(selection.layer_share(), share)
+        assert set(selection.states().tolist()) <= {ACTIVE, STRUCTURAL}  # the first layer reads every token
+        found = session.overlap()
+        assert found.jaccard == [1.0] * LAYERS  # one set for all turns
+        assert [layer.tolist() for layer in found.sinks] == read
+        assert not any(len(layer) for layer in found.retrieval)
+        entry = session._cache._entry_bytes
+        texts = [store.length for store in session._cache.text]
+        assert session._cache.read_bytes() == (sum(counts) + sum(texts)) * entry
+
+    def test_layer_tokens_of_the_first_turn(self, shown, rule):
+        engine, item = shown
+        session = engine.session(media=[item], sparsity=rule.sparsity)
+        result = session.ask(QUESTIONS[0], params=SHORT, remember=False)
+        counts = session._cache.visual_lens()
+        missing = sum(counts[0] - count for count in counts) / LAYERS
+        assert result.stats.layer_tokens == pytest.approx(result.stats.prompt_tokens - missing)
+
+    def test_retrieval_from_what_pruning_has_left(self, engines, monkeypatch):
+        monkeypatch.setitem(METHODS, "both", FastVAndRetrieval)
+        session = engines["vicuna"].session(media=[picture()], sparsity=Sparsity(0.6, 0.5, method="both"))
+        session.ask(QUESTIONS[0], params=SHORT)
+        stored = session._state.placed[0].layers
+        session.ask(QUESTIONS[1], params=SHORT)
+        selection = session.selection()
+        lens = session._cache.visual_lens()
+        assert [len(scores) for scores in selection.scores] == [lens[0]] * LAYERS
+        for layer, (here, active, scores) in enumerate(zip(stored, selection.active, selection.scores, strict=True)):
+            assert len(here) == lens[layer]
+            gone = torch.ones(lens[0], dtype=torch.bool)
+            gone[here] = False
+            assert not scores[gone].any()
+            assert (scores[here] > 0).all()
+            best = sorted(here.tolist(), key=lambda i: (-float(scores[i]), i))[: math.floor(len(here) / 2 + 0.5)]
+            assert active.tolist() == sorted(best)
+        assert all(0.5 < mass < 1 for mass in selection.recovered_mass())
+
+
+@dataclass(frozen=True)
+class FastVAndRetrieval(FastV):
+    """Prunes inside the decoder, and retrieves from what is left."""
+
+    scores_turn = True
+
+    @staticmethod
+    def from_policy(sparsity):
+        return FastVAndRetrieval(sparsity.prefill, sparsity.decode)
+
+    def on_turn(self, scores):
+        return SparseVILA(decode=self.decode).on_turn(scores)
+
+
+class TestStages:
+    def test_of_the_papers_decoder(self):
+        assert FastV(0.5).at_depth(32).stages == ((1, 0.5),)
+        pdrop = PDrop(0.53125).at_depth(32).stages
+        assert pdrop == ((8, 0.5), (16, 0.5), (24, 0.5))
+        layers, removed = zip(*SparseVLMPlus(1 - 6488 / (32 * 576)).at_depth(32).stages, strict=True)
+        assert layers == (2, 6, 15)
+        assert removed == pytest.approx((1 - 300 / 576, 1 / 3, 0.45), abs=1e-6)
+
+    @pytest.mark.parametrize("method", [PDrop, SparseVLMPlus])
+    @pytest.mark.parametrize("depth", [2, 3, 4, 5, 7, 12, 24, 28, 80])
+    @pytest.mark.parametrize("removed", [0.01, 0.3, 0.49])
+    def test_the_average_is_what_was_asked(self, method, depth, removed):
+        stages = method(removed).at_depth(depth).stages
+        there, read = 1.0, 0.0
+        for layer in range(depth):
+            gone = dict(stages).get(layer, 0.0)
+            assert 0 <= gone <= 1
+            before, there = there, there * (1 - gone)
+            read += there if method is PDrop else before
+        assert 1 - read / depth == pytest.approx(removed, abs=1e-6)
+        assert all(0 <= layer < depth for layer, _ in stages)
+
+    @pytest.mark.parametrize("name", ["pdrop", "sparsevlm+"])
+    def test_what_the_first_layers_alone_exceed_is_refused(self, engines, name):
+        session = engines["vicuna"].session(media=[picture()], sparsity=Sparsity(0.9, method=name))
+        with pytest.raises(InvalidRequest, match=rf"{name.replace('+', '[+]')}: expected less than 0\.(75|875)"):
+            session.ask(QUESTIONS[0], params=SHORT)
+        assert session._cache.next_position == 0
+        session.sparsity = Sparsity(0.5, method=name)
+        session.ask(QUESTIONS[0], params=SHORT)
+
+    def test_decoders_without_a_layer_to_prune_behind(self):
+        with pytest.raises(InvalidRequest, match="more than 2 decoder layers, got 2"):
+            FastV(0.5).at_depth(2)
+        for method in (PDrop(0.1), SparseVLMPlus(0.1)):
+            with pytest.raises(InvalidRequest, match="first 1 of 1 layers"):
+                method.at_depth(1)
+        for method in (FastV(), PDrop(), SparseVLMPlus()):
+            assert method.at_depth(1) is method
+
+    def test_close_to_the_bound_a_token_stays(self):
+        method = PDrop(0.7499999999).at_depth(4)
+        assert method.on_layer(1, torch.ones(7)).tolist() == [0]
+
+    def test_ties_go_to_the_lower_index(self):
+        assert FastV(0.5).at_depth(3).on_layer(1, torch.ones(6)).tolist() == [0, 1, 2]
+
+
+class TestRaters:
+    def test_by_hand(self):
+        visual = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])]
+        text = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        # Rows over the text: softmax(3, 0, 0, -1) and softmax(0, 0, 2, -2).
+        mean = [(math.exp(a) / (math.e**3 + 2 + 1 / math.e) + math.exp(b) / (2 + math.e**2 + math.e**-2)) / 2
+                for a, b in ((3, 0), (0, 0), (0, 2), (-1, -2))]  # fmt: skip
+        want = [value > 0.25 for value in mean]
+        assert want == [True, False, True, False]
+        assert SparseVLMPlus().raters(visual, text).tolist() == want
+
+    def test_words_all_alike_all_rate(self):
+        assert SparseVLMPlus().raters([torch.ones(3, 2)], torch.ones(1, 2)).tolist() == [True]
+        assert SparseVLMPlus().raters([torch.ones(3, 2)], torch.zeros(4, 2)).tolist() == [True] * 4
