@@ -31,7 +31,7 @@ from sparsevila import (
     Video,
 )
 from sparsevila.engine.config import Result
-from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan
+from sparsevila.engine.runner import Runner, Span, TextSpan, VisualSpan, _parts
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.errors import ImageTooNarrow
 from sparsevila.models.checkpoint import Checkpoint, ConfigReader
@@ -113,7 +113,7 @@ def hf_inputs(model: Any, spans: Sequence[Span], media: Sequence[VisualInputs]) 
 
 def our_positions(model: Any, spans: Sequence[Span]) -> Tensor:
     """(3, M), and 64 more of the answer."""
-    return Runner(model)._positions([*spans, TextSpan((0,) * 64)], 0)[0]
+    return Runner(model)._positions([*_parts(spans), 64], 0)[0]
 
 
 def chosen(logits: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class TestClipsAgainstTheModelsOwnPositions:
             patches[kind].append(model.patches(inputs.pixels).flatten())
             spans.append(VisualSpan(model.encode(inputs)))
         assert torch.equal(torch.cat([*patches["image"], *patches["video"]])[:: known["patch_step"]], want["patches"])
-        positions, _ = Runner(model)._positions(spans, 0)
+        positions, _ = Runner(model)._positions(_parts(spans), 0)
         assert torch.equal(positions, want["positions"].long())
         tokens, logits = greedy(model, spans, len(want["tokens"]), choose=lambda row: row.argmax(-1))
         assert tokens == want["tokens"].tolist()
@@ -742,7 +742,7 @@ class TestConversations:
         spans = watched.spans[: before + 1]
         tokens, _ = greedy(engine.model, spans, len(last.token_ids), choose=lambda row: row.argmax(-1))
         assert tokens == list(last.token_ids)
-        _, after = engine.runner._positions(watched.spans, 0)
+        _, after = engine.runner._positions(_parts(watched.spans), 0)
         assert after == watched.session._cache.next_position
         assert after != sum(map(len, watched.spans))  # positions are not counts
 
