@@ -35,7 +35,9 @@ class MediaItem:
     decode_s: float
     token_map: TokenMap  # of the encoder's tokens
     inputs: VisualInputs | None
-    read_again: Callable[[ProgressFn], VisualInputs]  # from its source; MediaError where that is no longer the same
+    # From its source, as it was or scaled down by that fraction of its tokens. Raises MediaError where the source is no
+    # longer the same, InvalidRequest where no size has about as many tokens.
+    read_again: Callable[[ProgressFn, float], VisualInputs]
     tokens: VisualTokens | None = None
 
 

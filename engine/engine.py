@@ -233,7 +233,7 @@ class Engine:
         with self.device_work():  # the lock guards the kept features too
             known = self._features.get(item.key)
             if known is None or not _serves(known, with_keys):
-                inputs = item.read_again(progress) if item.inputs is None else item.inputs
+                inputs = item.read_again(progress, 0.0) if item.inputs is None else item.inputs
                 with meter.timed("encode"), torch.inference_mode():
                     known = self.model.encode(inputs, progress, with_keys=with_keys)
             self._features[item.key] = known
@@ -241,6 +241,23 @@ class Engine:
             self._trim_features()
         item.inputs = None
         return replace(known, token_map=item.token_map)
+
+    def encode_shrunk(self, item: MediaItem, removed: float, meter: Meter, progress: ProgressFn) -> VisualTokens:
+        """The features of the item scaled down until it has that fraction fewer tokens; a map of their own goes along.
+
+        Raises MediaError where the source has changed, InvalidRequest where no size has about as many tokens.
+        """
+        key = f"{item.key} less {removed}"
+        with self.device_work():
+            known = self._features.get(key)
+            if known is None:
+                inputs = item.read_again(progress, removed)
+                with meter.timed("encode"), torch.inference_mode():
+                    known = self.model.encode(inputs, progress)
+            self._features[key] = known
+            self._features.move_to_end(key)
+            self._trim_features()
+        return replace(known, token_map=known.token_map.with_media(item.number))
 
     def _feature_bytes(self) -> int:
         held = [t for tokens in self._features.values() for t in (tokens.features, tokens.keys) if t is not None]

@@ -27,6 +27,7 @@ from .media import load_media
 from .meter import Meter
 from .prompt import check_text
 from .shortage import out_of_memory, shortage
+from .shrink import shrunk
 from .sparsity.base import keep_count
 from .sparsity.registry import make_method
 from .streaming import TextStream
@@ -177,7 +178,8 @@ class Session:
         return max(1, min(self._engine.model.default_frames, free // kept))
 
     def _attachment(self, item: MediaItem) -> Attachment:
-        here = [p.survivors.tokens.token_map.num_visual for p in self._state.placed if p.tokens is item.tokens]
+        entered = zip(self._state.media, self._state.placed, strict=False)  # pending items come last
+        here = [placed.survivors.tokens.token_map.num_visual for media, placed in entered if media is item]
         return Attachment(
             number=item.number,
             kind=item.kind,
@@ -468,7 +470,7 @@ class Session:
         structural = sum(int(p.survivors.tokens.token_map.structural.sum()) for p in state.placed)
         active = self._cache.active_lens()
         meter.note(
-            visual_tokens_total=sum(p.tokens.token_map.num_visual for p in state.placed),
+            visual_tokens_total=sum(item.token_map.num_visual for item in state.media),
             visual_tokens_kept=self._cache.visual_lens()[0],
             visual_tokens_active=sum(active) / len(active),
             structural_tokens=structural,
@@ -479,12 +481,12 @@ class Session:
 
 
 def _read_again(
-    model: VisionLanguageModel, read: Callable[..., Frames], key: str, progress: ProgressFn
+    model: VisionLanguageModel, read: Callable[..., Frames], key: str, progress: ProgressFn, removed: float
 ) -> VisualInputs:
     frames = read(progress=progress)
     if frames.key != key:
         raise MediaError(f"{frames.source} is no longer what was attached", hint="drop it and attach it again")
-    return model.preprocess(frames)
+    return shrunk(model.preprocess, frames, removed) if removed else model.preprocess(frames)
 
 
 def _reopened(earlier: State, now: State) -> State:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextTooLong
-from ..models.interface import ProgressFn, PromptPiece, no_progress
+from ..models.interface import ProgressFn, PromptPiece, VisualTokens, no_progress
 from .cache import KVCache
 from .config import Chunk, FinishReason, SamplingParams
 from .conversation import MediaItem, Placed, Policy, Record, State, pruned_inside, select
@@ -84,13 +84,19 @@ class TurnDriver:
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
             spans.append(TextSpan(ids))
             method = self._policy.method(item.kind)
-            item.tokens = self._engine.encode(item, self._meter, self.progress, with_keys=method.needs_keys)
-            survivors = method.on_vision(item.tokens, item.kind)
+            tokens = self._encoded(item, method)
+            survivors = method.on_vision(tokens, item.kind)
             if survivors is None:
-                survivors = Survivors(item.tokens, torch.arange(len(item.tokens)))
-            placed.append(Placed(item.tokens, survivors))
+                survivors = Survivors(tokens, torch.arange(len(tokens)))
+            placed.append(Placed(tokens, survivors))
             spans.append(VisualSpan(survivors.tokens))
         return spans, placed
+
+    def _encoded(self, item: MediaItem, method: Method) -> VisualTokens:
+        if method.shrinks_by:
+            return self._engine.encode_shrunk(item, method.shrinks_by, self._meter, self.progress)
+        item.tokens = self._engine.encode(item, self._meter, self.progress, with_keys=method.needs_keys)
+        return item.tokens
 
     def _texts_before_media(self, state: State) -> list[tuple[int, ...]]:
         """What stands before each pending item: the turn's opening, or what is between two media."""

@@ -19,6 +19,7 @@ HOMES = {  # heavy or optional packages, and the only files that may import them
         "engine.images",
         "engine.config",
         "engine.calibration_set",
+        "engine.shrink",
         "models.anyres",
         "models.llava_next",
         "models.llava_onevision",

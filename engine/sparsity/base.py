@@ -25,6 +25,10 @@ from ..config import Sparsity
 Rows = Literal["last", "question", "raters", "before"]
 
 
+# How far the number of tokens of a smaller picture may be from what `shrinks_by` asks for, as a fraction of that.
+SHRINK_TOLERANCE = 0.25
+
+
 def keep_count(n: int, removed: float) -> int:
     """How many of n tokens stay: round-half-up of (1 - removed) n, at least one, at most n."""
     return min(n, max(1, math.floor((1 - removed) * n + 0.5)))
@@ -68,6 +72,11 @@ class Method:
     def at_depth(self, num_layers: int) -> Method:
         """The method for a decoder of that many layers. Raises InvalidRequest where what was asked cannot be met."""
         return self
+
+    @property
+    def shrinks_by(self) -> float:
+        """Fraction of its tokens that a medium is to lose by being scaled down; 0: it is encoded as it is."""
+        return 0.0
 
     @property
     def scores_turn(self) -> bool:

@@ -1,8 +1,4 @@
-"""Controls: what an answer is worth without the picture.
-
-The control of a smaller picture is no method: towers of a fixed size scale it up again, and only the preprocessing of
-a family knows how many tokens a picture becomes.
-"""
+"""Controls: what an answer is worth without the picture, and with a smaller one."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ import torch
 
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
-from .base import Method, Survivors
+from .base import SHRINK_TOLERANCE, Method, Survivors, keep_count
+from .sparsevila import SparseVILA
 
 
 @dataclass(frozen=True)
@@ -31,3 +28,28 @@ class NoTokens(Method):
 
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         return Survivors.of(tokens, torch.empty(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Resize(SparseVILA):
+    """The picture, or every frame, scaled down to about as many tokens as the policy keeps, then encoded whole.
+
+    It acts before the encoder, so it is the engine that scales (`engine/shrink.py`). Which sizes there are is the
+    family's own matter: any for Qwen's, some for pictures cut into tiles; where every picture or frame becomes the same
+    number of tokens, a turn raises InvalidRequest. `decode` adds SparseVILA's retrieval.
+    """
+
+    @staticmethod
+    def from_policy(sparsity: Sparsity) -> Resize:
+        return Resize(sparsity.prefill, sparsity.decode)
+
+    @property
+    def shrinks_by(self) -> float:
+        return self.prefill
+
+    def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
+        wanted = keep_count(token_map.num_visual, self.prefill)
+        return min(token_map.num_visual, int(wanted * (1 + SHRINK_TOLERANCE)))
+
+    def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
+        return None

@@ -6,7 +6,7 @@ from ...errors import InvalidRequest
 from ...models.interface import MediaKind
 from ..config import Sparsity
 from .base import Method
-from .controls import NoTokens
+from .controls import NoTokens, Resize
 from .fastv import FastV
 from .pdrop import PDrop
 from .prumerge import PruMerge, PruMergePlus
@@ -25,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "visionzip": VisionZip,
     "prumerge": PruMerge,
     "prumerge+": PruMergePlus,
+    "resize": Resize,
     "none": NoTokens,
 }
 

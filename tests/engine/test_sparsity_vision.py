@@ -14,7 +14,7 @@ from families import FAMILIES, TinyFolders
 from oracles import Oracle, write_clip
 from torch import Tensor
 
-from sparsevila import ContextTooLong, Engine, Image, MediaError, SamplingParams, Sparsity, Video
+from sparsevila import ContextTooLong, Engine, Image, InvalidRequest, MediaError, SamplingParams, Sparsity, Video
 from sparsevila.engine.session import Session
 from sparsevila.engine.sparsity.base import Method, Survivors, keep_count
 from sparsevila.engine.sparsity.controls import NoTokens
@@ -249,7 +249,8 @@ class TestEveryMethod:
                 tokens, method = drawn(where, seed), make_method(Sparsity(removed, method=name))
                 survivors = method.on_vision(tokens, kind)
                 if survivors is None:
-                    assert type(method).on_vision is Method.on_vision  # dense, or it prunes inside the decoder
+                    # It is dense, acts before the encoder, or inside the decoder.
+                    assert method.shrinks_by or type(method).on_vision is Method.on_vision
                     continue
                 sources, kept = survivors.sources, survivors.tokens.token_map
                 assert torch.equal(sources, sources.unique())
@@ -508,6 +509,55 @@ class TestNone:
             with pytest.raises(ContextTooLong) as caught:
                 session.ask("word " * 100)
             assert "shorter question" in caught.value.hint
+
+
+class TestResize:
+    @pytest.mark.parametrize("removed", [0.3, 0.6, 0.9])
+    def test_a_picture_of_any_size_becomes_as_small_as_asked(self, engines, removed):
+        engine = engines["qwen2.5"]
+        session = engine.session(media=[picture(3, (300, 200))], sparsity=Sparsity(removed, method="resize"))
+        total, bound = session.media[0].tokens_total, session.media[0].tokens_kept
+        kept = session.ask("What?", params=SHORT).stats.visual_tokens_kept
+        assert abs(kept - (1 - removed) * total) <= 0.25 * (1 - removed) * total
+        assert kept == session.media[0].tokens_kept <= bound
+        (placed,) = session._state.placed
+        box = placed.tokens.token_map.box[~placed.tokens.token_map.structural]
+        assert box.min() == 0
+        assert box.max() == 1  # it is the whole picture
+        assert session._cache.visual_lens()[0] == kept == len(session.selection().store)
+
+    def test_it_is_what_the_smaller_picture_would_be(self, engines):
+        """A grey picture keeps its colour: scaled by the caller it gives the same features."""
+        grey = [np.full((*size, 3), 90, dtype=np.uint8) for size in ((224, 224), (112, 112))]
+        answers, stores = [], []
+        for rgb, policy in zip(grey, (Sparsity(0.75, method="resize"), Sparsity()), strict=True):
+            session = engines["qwen2"].session(media=[Image(rgb)], sparsity=policy)
+            answers.append(session.ask("What?", params=SHORT).token_ids)
+            stores.append([t.clone() for t in contents(session)])
+        assert answers[0] == answers[1]
+        assert all(torch.equal(a, b) for a, b in zip(*stores, strict=True))
+
+    def test_a_model_of_one_size_refuses(self, engines, clip_file):
+        session = engines["video"].session(media=[clip_file], sparsity=Sparsity(0.5, method="resize"))
+        with pytest.raises(InvalidRequest, match="resize: expected about"):
+            session.ask("What?")
+        session.sparsity = Sparsity(method="resize")
+        assert session.ask("What?", params=SHORT).stats.visual_tokens_kept == session.media[0].tokens_total
+
+    def test_it_comes_and_goes_between_turns(self, engines):
+        engine, media = engines["qwen2"], picture(5, (200, 200))
+        session = engine.session(media=[media], sparsity=Sparsity(0.75, method="resize"))
+        small = session.ask("What?", params=SHORT, remember=False)
+        session.sparsity = Sparsity()
+        whole = session.ask("What?", params=SHORT, remember=False)
+        assert whole.stats.visual_tokens_kept == session.media[0].tokens_total > 3 * small.stats.visual_tokens_kept
+        session.sparsity = Sparsity(0.75, method="resize")
+        assert session.ask("What?", params=SHORT).token_ids == small.token_ids
+        turns = [session.ask(text, params=SHORT).token_ids for text in ("And?", "Why?")]
+        session.undo()
+        session.system = session.system  # nothing changes
+        assert session.ask("Why?", params=SHORT).token_ids == turns[1]
+        assert small.stats.visual_tokens_total == whole.stats.visual_tokens_total
 
 
 class TestFeaturesWithAndWithoutKeys:
