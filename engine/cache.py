@@ -98,7 +98,7 @@ class KVCache:
         self.num_layers = num_layers
         self.next_position = 0
         # Per layer: how far its next position lies behind `next_position`, where pruning inside the decoder made tokens
-        # move up. Empty: nowhere.
+        # move up; below 0 where new tokens took more room than the dropped ones. Empty: nowhere.
         self.lag: tuple[int, ...] = ()
         self.sparse = False  # whether this turn reads the active set
         self.moves = 0  # how often stores were allocated anew: what has kept an address asks whether it still holds

@@ -47,8 +47,8 @@ class Placed:
 
     tokens: VisualTokens
     survivors: Survivors
-    # Per decoder layer, where a method pruned inside the decoder: which of `in_store` its store holds, (n,) int64
-    # ascending. None: every layer's holds all.
+    # Per decoder layer, where a method pruned inside the decoder: which of `in_store` its store holds or, if merged,
+    # what the entry stands for: (n,) int64, in the order of the store. None: every layer's holds all.
     layers: tuple[Tensor, ...] | None = None
 
     def in_store(self) -> Tensor:
@@ -165,7 +165,7 @@ def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Se
 
 
 def _stored(placed: Sequence[Placed]) -> Sequence[Tensor] | None:
-    """Per layer, which of all that entered its store holds, (n,) int64 ascending; None where each holds all of it."""
+    """Per layer, which of all that entered its store holds, (n,) int64 in its order; None: each holds all of it."""
     pruned = [item.layers for item in placed if item.layers is not None]
     if not pruned:
         return None
@@ -183,7 +183,7 @@ def _stored(placed: Sequence[Placed]) -> Sequence[Tensor] | None:
 def pruned_inside(placed: Sequence[Placed], stayed: Sequence[Tensor] | None) -> list[Placed]:
     """Items that one prefill placed, with what of them each layer's store holds.
 
-    stayed: per layer, indices into all visual tokens of that prefill, ascending; None: nothing was pruned inside.
+    stayed: `Prefilled.stayed`, indices into all visual tokens of that prefill.
     """
     if stayed is None:
         return list(placed)

@@ -68,7 +68,7 @@ class DecodeStep:
                 self._lag = self._position.new_zeros(cache.num_layers)
             self._lag.copy_(torch.tensor(cache.lag))
         self._index.zero_()
-        self._angles.reach(cache.next_position + limit)
+        self._angles.reach(cache.next_position - min(cache.lag, default=0) + limit)
         if len(self._dice) < limit:
             self._dice = self._dice.new_zeros(1 << limit.bit_length())
         if sampler is not None and sampler.params.temperature > 0:

@@ -26,8 +26,8 @@ class Selection:
     store: Tensor  # (S,) int64: the encoder token of each entry of the visual store, as it enters the first layer
     # L times (S,) float32, the question's mean attention, 0 for what an earlier layer has pruned; None in a dense turn
     scores: tuple[Tensor, ...] | None
-    # L times (k,) int64 into the store, ascending: what the layer read, whether retrieved for this turn or all that
-    # pruning inside the decoder has left it for good. None: every layer read everything.
+    # L times (k,) int64 into the store, ascending but for merged tokens: what the layer read, retrieved for this turn
+    # or all that pruning inside the decoder has left it for good. None: every layer read everything.
     active: tuple[Tensor, ...] | None
 
     def layer_share(self) -> Tensor:

@@ -56,8 +56,8 @@ class Prefilled:
     hidden: Tensor  # (hidden_size,) of the last token
     scores: list[Tensor] | None  # per layer (N,) float32, mean over heads and rows, if they were asked for
     layer_tokens: list[int]  # tokens that each layer computed
-    # Per layer, where a method prunes inside the decoder: which of this prefill's visual tokens are in its store,
-    # (n,) int64 ascending.
+    # Per layer, where a method prunes inside the decoder: which of this prefill's visual tokens are in its store or, if
+    # merged, what the entry stands for: (n,) int64, in the order of the store.
     stayed: tuple[Tensor, ...] | None = None
 
 
@@ -83,6 +83,15 @@ class _Chunk:
             setattr(self, name, getattr(self, name)[stays])
         self.positions = self.positions[..., stays]
         self.num_visual = int(self.visual.sum())
+
+    def insert(self, at: int, hidden: Tensor) -> None:
+        """Puts new visual tokens hidden (m, hidden_size) in front of the token `at`; they have no positions yet."""
+        m = len(hidden)
+        none = self.visual.new_zeros(m)
+        for name, new in (("hidden", hidden), ("visual", ~none), ("after_media", none), ("raters", none)):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old[:at], new, old[at:]]))
+        self.num_visual += m
 
 
 class Runner:
@@ -290,9 +299,10 @@ class _Pruning:
     def __init__(self, runner: Runner, cache: KVCache, spans: Sequence[Span], next_position: int, method: Method):
         self._runner, self._cache, self._method = runner, cache, method
         self._parts, self._next_position = _parts(spans), next_position
-        # Indices among this prefill's visual tokens of those that are still there.
+        # Indices among this prefill's visual tokens of those that are still there, in the order of the sequence.
         self._num_visual = sum(part.num_visual for part in self._parts if not isinstance(part, int))
         self._there = torch.arange(self._num_visual)
+        self._merged = torch.zeros(self._num_visual, dtype=torch.bool)  # which of them are new tokens that stand for it
         self._lag = list(cache.lag or [0] * cache.num_layers)
         self.stayed: list[Tensor] = []  # per layer, what `_there` was when it ran
 
@@ -335,11 +345,19 @@ class _Pruning:
     def _drop(self, layer: int, scores: Tensor, chunks: list[_Chunk], *, first_without: int) -> None:
         """Asks the method which visual tokens go on, and drops the others from the chunks."""
         keep = self._method.on_layer(layer, scores)
-        if keep is None:
+        if keep is None or len(keep) == len(scores):
             return
-        self._there = self._there[keep.cpu()]
         goes_on = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         goes_on[keep] = True
+        stays_there = goes_on.cpu()
+        there, merged = self._there[stays_there], self._merged[stays_there]
+        new = None
+        if self._method.recycles:
+            dropped = torch.cat([chunk.hidden[chunk.visual] for chunk in chunks])[~goes_on]
+            new, stand_for = self._method.recycle(dropped, scores[~goes_on])
+            there = torch.cat([there, self._there[~stays_there][stand_for.cpu()]])
+            merged = torch.cat([merged, torch.ones(len(new), dtype=torch.bool)])
+        self._there, self._merged = there, merged
         offset = 0
         for chunk in chunks:
             count = int(chunk.visual.sum())
@@ -348,6 +366,9 @@ class _Pruning:
             offset += count
             chunk.select(stays)
         chunks[:] = [chunk for chunk in chunks if len(chunk)]
+        if new is not None:
+            question = next(chunk for chunk in chunks if bool(chunk.after_media.any()))
+            question.insert(int(torch.nonzero(question.after_media)[0]), new)
         if self._method.renumbers:
             self._renumber(layer, chunks, first_without)
 
@@ -362,18 +383,20 @@ class _Pruning:
             self._lag[later] = behind + (self._cache.lag[later] if self._cache.lag else 0)
 
     def _parts_there(self) -> list[int | TokenMap]:
-        """Text, and what is still there of the media."""
+        """Text, and what is still there of the media; merged tokens count as text behind them."""
         parts: list[int | TokenMap] = []
         there = torch.zeros(self._num_visual, dtype=torch.bool)
-        there[self._there] = True
-        offset = 0
-        for part in self._parts:
+        there[self._there[~self._merged]] = True
+        offset, last = 0, max(i for i, part in enumerate(self._parts) if not isinstance(part, int))
+        for i, part in enumerate(self._parts):
             if not isinstance(part, int):
                 stays = part.structural.clone()
                 stays[~part.structural] = there[offset : offset + part.num_visual]
                 offset += part.num_visual
                 part = part.select(torch.nonzero(stays)[:, 0])
             parts.append(part)
+            if i == last:
+                parts.append(int(self._merged.sum()))
         return parts
 
     def lag(self) -> tuple[int, ...]:

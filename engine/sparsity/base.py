@@ -110,6 +110,17 @@ class Method:
         """
         return None
 
+    # Whether `recycle` is asked where `on_layer` drops tokens. Such a method renumbers, and has no `on_turn`.
+    recycles = False
+
+    def recycle(self, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens in place of those that `on_layer` dropped; they stand behind the media, in front of the question.
+
+        hidden (P, hidden_size) of the dropped tokens, P > 0; scores (P,) float32. Returns m tokens (m, hidden_size)
+        and, no two alike, (m,) int64: the dropped token that each stands for in reports.
+        """
+        return hidden[:0], torch.empty(0, dtype=torch.int64)
+
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
         """What this turn may read: scores (N,) float32 per layer -> ascending indices, None for all."""
         return None

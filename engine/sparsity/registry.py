@@ -12,7 +12,7 @@ from .pdrop import PDrop
 from .prumerge import PruMerge, PruMergePlus
 from .random import RandomTokens
 from .sparsevila import SparseVILA
-from .sparsevlm import SparseVLMPlus
+from .sparsevlm import SparseVLM, SparseVLMPlus
 from .visionzip import VisionZip
 
 METHODS: dict[str, type[Method]] = {
@@ -21,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "random": RandomTokens,
     "fastv": FastV,
     "pdrop": PDrop,
+    "sparsevlm": SparseVLM,
     "sparsevlm+": SparseVLMPlus,
     "visionzip": VisionZip,
     "prumerge": PruMerge,
