@@ -119,6 +119,6 @@ def vqa(answer: str, truths: Sequence[str]) -> float:
 def level(text: str) -> str:
     """Lower case, digits for small numbers, without articles and without punctuation that parts no number."""
     text = _COMMA_IN_NUMBER.sub("", text.lower().replace("\n", " ").replace("\t", " ").strip())
-    text = _DOT_OUTSIDE_NUMBER.sub("", text.translate(str.maketrans(dict.fromkeys(_PUNCTUATION, " "))))
+    text = _DOT_OUTSIDE_NUMBER.sub("", text.translate(str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))))
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES).strip(string.whitespace + "'")
