@@ -521,6 +521,20 @@ class TestWhatIsReported:
         texts = [store.length for store in session._cache.text]
         assert session._cache.read_bytes() == (sum(counts) + sum(texts)) * entry
 
+    def test_shares_of_items_that_two_questions_pruned(self, shown, rule):
+        engine, item = shown
+        session = engine.session(media=[item], sparsity=rule.sparsity)
+        session.ask(QUESTIONS[0], params=SHORT)
+        session.ask(QUESTIONS[1], media=[picture(5)], params=SHORT)
+        want = []
+        for placed, read in zip(session._state.placed, Plain(session, rule).run()[1], strict=True):
+            where = placed.tokens.token_map
+            share = torch.zeros(len(where))
+            for layer in read:
+                share[torch.nonzero(~where.structural)[:, 0][layer]] += 1 / LAYERS
+            want.append(share)
+        torch.testing.assert_close(session.selection().layer_share(), torch.cat(want))
+
     def test_layer_tokens_of_the_first_turn(self, shown, rule):
         engine, item = shown
         session = engine.session(media=[item], sparsity=rule.sparsity)
