@@ -355,6 +355,21 @@ def test_keys_come_when_asked_for_and_change_nothing_else(name, engines, shown):
     assert torch.equal(part.keys, keyed.keys[[1, 3]])
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_go_the_way_of_saliency(name, kind, engines, clip_file, monkeypatch):
+    """Whatever a family does to patches, cut, pool, scale, merge: a key that says what saliency says still does so."""
+    for module in (clip, qwen_vit):
+        monkeypatch.setattr(
+            module, "with_mean_keys", lambda saliency, _: torch.stack([saliency, saliency, -saliency], 2)
+        )
+    engine = engines[name]
+    tokens = engine.model.encode(inputs_of(engine, picture() if kind == "image" else clip_file), with_keys=True)
+    assert tokens.saliency.unique().numel() > len(tokens) // 2
+    for column, sign in ((0, 1), (1, -1)):
+        torch.testing.assert_close(tokens.keys[:, column], sign * tokens.saliency, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["vicuna", "mistral"])
 def test_keys_are_those_of_the_layer_that_saliency_is_read_from(oracles: dict[str, Oracle], engines, name):
     oracle, found = oracles[name], {}
@@ -521,6 +536,7 @@ class TestResize:
         assert abs(kept - (1 - removed) * total) <= 0.25 * (1 - removed) * total
         assert kept == session.media[0].tokens_kept <= bound
         (placed,) = session._state.placed
+        assert placed.tokens.token_map.media.unique().tolist() == [session.media[0].number]
         box = placed.tokens.token_map.box[~placed.tokens.token_map.structural]
         assert box.min() == 0
         assert box.max() == 1  # it is the whole picture
