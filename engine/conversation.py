@@ -47,8 +47,9 @@ class Placed:
 
     tokens: VisualTokens
     survivors: Survivors
-    # Per decoder layer, where a method pruned inside the decoder: which of `in_store` its store holds or, if merged,
-    # what the entry stands for: (n,) int64, in the order of the store. None: every layer's holds all.
+    # Per decoder layer, where a method pruned inside the decoder: which of the prompt's `in_store` its store holds or,
+    # if merged, what the entry stands for: (n,) int64, in the order of the store. The first item of a prompt tells it
+    # of all of them, one behind the other; the others' are empty. None: every layer's store holds all.
     layers: tuple[Tensor, ...] | None = None
 
     def in_store(self) -> Tensor:
@@ -187,12 +188,5 @@ def pruned_inside(placed: Sequence[Placed], stayed: Sequence[Tensor] | None) -> 
     """
     if stayed is None:
         return list(placed)
-    offset, found = 0, []
-    for item in placed:
-        end = offset + len(item.in_store())
-        # Layers between two prunings share one tensor, here as there.
-        distinct = {id(layer): layer for layer in stayed}
-        own = {key: layer[(layer >= offset) & (layer < end)] - offset for key, layer in distinct.items()}
-        found.append(replace(item, layers=tuple(own[id(layer)] for layer in stayed)))
-        offset = end
-    return found
+    nothing = (torch.empty(0, dtype=torch.int64),) * len(stayed)
+    return [replace(item, layers=nothing if i else tuple(stayed)) for i, item in enumerate(placed)]

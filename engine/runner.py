@@ -143,22 +143,24 @@ class Runner:
     ) -> Prefilled:
         """Appends `spans` to the cache, which has room for them (`cache.reserve`).
 
-        They attend to the visual store, or to the active set while one is active. With `score`, every row's attention
-        to the visual store is averaged over heads and rows: the rows of a question, after its media.
+        They attend to the visual store, or to the active set while one is active. With `score`, the question's
+        attention to the visual store is averaged over heads and rows: all rows, or those after the media among them.
         """
         total = sum(len(span) for span in spans)
         assert total > 0, "nothing to prefill"
         has_visual = any(isinstance(span, VisualSpan) for span in spans)
-        assert not (score and has_visual), "only a question behind its media is scored"
         num_visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
         prunes = num_visual > 0 and any(method.layer_rows(i) for i in range(cache.num_layers))
-        # A method that prunes after a layer needs all tokens at that layer, so they walk through it together.
-        block = total if prunes else self.chunk_tokens
+        # A method that prunes after a layer needs all tokens at that layer, so they walk through it together; so does a
+        # question that is scored over media which are not in the store before it.
+        block = total if prunes or (score and has_visual) else self.chunk_tokens
         positions, next_position = self._positions(_parts(spans), cache.next_position)
         mass = [torch.zeros(n, device=self.device) for n in cache.visual_lens()] if score else None
         layer_tokens = [0] * cache.num_layers
         pruning = _Pruning(self, cache, spans, next_position, method) if prunes else None
         hidden = torch.empty(0)
+        num_rows = len(spans[-1]) if has_visual else total
+        assert not score or isinstance(spans[-1], TextSpan), "a question ends the prompt"
         for start in range(0, total, block):
             end = min(start + block, total)
             chunks = [
@@ -175,13 +177,13 @@ class Runner:
                 if pruning is not None:
                     pruning.before(layer, chunks)
                 layer_tokens[layer] += sum(map(len, chunks))
-                self._layer(cache, layer, chunks, pruning, mass)
+                self._layer(cache, layer, chunks, pruning, mass, with_media=has_visual)
             hidden = chunks[-1].hidden[-1]
         cache.next_position = next_position
         if pruning is not None:
             cache.lag = pruning.lag()
         progress(Progress("prefill", total, total, "tokens"))
-        scores = None if mass is None else [m / (self.decoder.config.num_heads * total) for m in mass]
+        scores = None if mass is None else [m / (self.decoder.config.num_heads * num_rows) for m in mass]
         return Prefilled(hidden, scores, layer_tokens, None if pruning is None else tuple(pruning.stayed))
 
     def _move(self, chunk: _Chunk, positions: Tensor) -> None:
@@ -196,21 +198,29 @@ class Runner:
         chunks: list[_Chunk],
         pruning: _Pruning | None,
         mass: list[Tensor] | None,
+        *,
+        with_media: bool,
     ) -> None:
-        """One layer over all chunks of a block, in order."""
+        """One layer over all chunks of a block, in order; `with_media` says that its media are in the block too."""
         module = self.decoder.layer(layer)
         rows = None if pruning is None else pruning.rows_after(layer)
         seen: list[tuple[Tensor, Tensor]] = []  # q and lse of the rows that the method wants
+        asked: list[tuple[Tensor, Tensor]] = []  # and of the question's, where its media are not in the store yet
         for i, chunk in enumerate(chunks):
             q, k, v = module.project(chunk.hidden, chunk.cos, chunk.sin)
             attended, lse = extend_attention(q, k, v, *cache.segments(layer))
-            if mass is not None and len(mass[layer]):
+            if mass is not None and with_media:
+                asked.append((q[:, chunk.after_media], lse[:, chunk.after_media]))
+            elif mass is not None and len(mass[layer]):
                 mass[layer] += retrieval(q, cache.visual_keys(layer), lse)
             cache.append(layer, k, v, chunk.visual, chunk.num_visual)
             chunk.hidden = module.finish(chunk.hidden, attended)
             if rows is not None:
                 wanted = _wanted_rows(chunk, rows, last=i == len(chunks) - 1)
                 seen.append((q[:, wanted], lse[:, wanted]))
+        if mass is not None and asked:
+            q, lse = _joined(asked)
+            mass[layer] = retrieval(q, cache.visual_keys(layer), lse)
         if pruning is not None:
             pruning.after(layer, chunks, seen)
 
@@ -338,7 +348,7 @@ class _Pruning:
         """Prunes after a layer, where the method does; seen: q and lse of the rows it wanted, chunk by chunk."""
         if not seen:
             return
-        q, lse = torch.cat([q for q, _ in seen], dim=1), torch.cat([lse for _, lse in seen], dim=1)
+        q, lse = _joined(seen)
         keys = self._cache.visual_keys(layer)[:, -len(self._there) :]
         self._drop(layer, retrieval(q, keys, lse) / (q.shape[0] * q.shape[1]), chunks, first_without=layer + 1)
 
@@ -402,6 +412,11 @@ class _Pruning:
     def lag(self) -> tuple[int, ...]:
         """`KVCache.lag` behind this prefill."""
         return tuple(self._lag) if any(self._lag) else ()
+
+
+def _joined(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """q (H, M, D) and lse (H, M) of chunks, one behind the other."""
+    return torch.cat([q for q, _ in rows], dim=1), torch.cat([lse for _, lse in rows], dim=1)
 
 
 def _parts(spans: Sequence[Span]) -> list[int | TokenMap]:

@@ -161,7 +161,7 @@ class TurnDriver:
         method = self._method(state)
         spans, placed = self._media_spans(state) if state.pending else ([], [])
         ids = self._question_ids(state, question)
-        score = score and method.scores_turn and bool(state.placed)
+        score = score and method.scores_turn and bool(state.placed or placed)
         prefilled = self._prefill([*spans, TextSpan(ids)], method, score=score)
         asked = replace(
             state,

@@ -110,7 +110,7 @@ class Method:
         """
         return None
 
-    # Whether `recycle` is asked where `on_layer` drops tokens. Such a method renumbers, and has no `on_turn`.
+    # Whether `recycle` is asked where `on_layer` drops tokens. Such a method renumbers.
     recycles = False
 
     def recycle(self, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,8 @@ class Method:
 class StagedPruning(Method):
     """Permanent pruning inside the language model, at a few layers by top-k; ties go to the lower index.
 
-    With `prefill` 0 there are no stages, and nothing of it is computed.
+    With `prefill` 0 there are no stages, and nothing of it is computed. `decode` adds SparseVILA's retrieval from what
+    a layer has left, so the published methods are `decode` 0. `scope` of a policy means nothing here.
     """
 
     # (layer, fraction removed there of the tokens that are still there), ascending; `at_depth` sets them.
@@ -146,6 +147,15 @@ class StagedPruning(Method):
 
     def on_layer(self, layer: int, scores: Tensor) -> Tensor | None:
         return top_k(scores[None], keep_count(len(scores), dict(self.stages)[layer]))[0]
+
+    @property
+    def scores_turn(self) -> bool:
+        return self.decode > 0
+
+    def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
+        if self.decode == 0:
+            return None
+        return [top_k(layer[None], keep_count(len(layer), self.decode))[0] for layer in scores]
 
 
 def met_on_average(

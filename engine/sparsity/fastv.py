@@ -18,14 +18,14 @@ from .base import StagedPruning
 class FastV(StagedPruning):
     """`prefill` is the fraction removed behind layer `dense_layers` (the paper's R), not an average over layers.
 
-    What layers read on average a turn's `layer_tokens` tell. `decode` and `scope` of a policy mean nothing here.
+    What layers read on average a turn's `layer_tokens` tell.
     """
 
     dense_layers: int = 2  # the paper's K
 
     @staticmethod
     def from_policy(sparsity: Sparsity) -> FastV:
-        return FastV(sparsity.prefill)
+        return FastV(sparsity.prefill, sparsity.decode)
 
     def at_depth(self, num_layers: int) -> FastV:
         if self.prefill == 0:

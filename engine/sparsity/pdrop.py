@@ -22,8 +22,7 @@ class PDrop(StagedPruning):
     """`prefill` is the fraction of visual tokens that layers miss on average: below 0.75, the first quarter sees all.
 
     Lambda follows from it: 0.53125 is the paper's setting, 50, 25 and 12.5 % in the last three quarters. Counts round
-    half up, where the authors cut off. On three axes tokens move up as the model places survivors. `decode` and `scope`
-    of a policy mean nothing here.
+    half up, where the authors cut off. On three axes tokens move up as the model places survivors.
     """
 
     rows: ClassVar[Rows] = "before"
@@ -31,7 +30,7 @@ class PDrop(StagedPruning):
 
     @staticmethod
     def from_policy(sparsity: Sparsity) -> PDrop:
-        return PDrop(sparsity.prefill)
+        return PDrop(sparsity.prefill, sparsity.decode)
 
     def at_depth(self, num_layers: int) -> PDrop:
         if self.prefill == 0:

@@ -34,14 +34,14 @@ class SparseVLMPlus(StagedPruning):
 
     The authors tabulate counts for three budgets. Here the shares of their largest are scaled by one factor, none above
     all tokens, until the average is met: their own counts are 0.648 (202.75 of 576 tokens a layer). Stages stand at the
-    same parts of a decoder of another depth. `decode` and `scope` of a policy mean nothing here.
+    same parts of a decoder of another depth.
     """
 
     rows: ClassVar[Rows] = "raters"
 
     @staticmethod
     def from_policy(sparsity: Sparsity) -> SparseVLMPlus:
-        return SparseVLMPlus(sparsity.prefill)
+        return SparseVLMPlus(sparsity.prefill, sparsity.decode)
 
     def at_depth(self, num_layers: int) -> SparseVLMPlus:
         if self.prefill == 0:
@@ -84,7 +84,7 @@ class SparseVLM(SparseVLMPlus):
 
     @staticmethod
     def from_policy(sparsity: Sparsity) -> SparseVLM:
-        return SparseVLM(sparsity.prefill)
+        return SparseVLM(sparsity.prefill, sparsity.decode)
 
     def recycle(self, hidden: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         best = top_k(scores[None], min(len(scores), int(len(scores) * _RECYCLED) + 1))[0]
