@@ -53,7 +53,7 @@ aot: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/kernels/aot.py --processes 2 --out docs/kernels-aot.md $(ARGS)
 
 gpu: $(VENV)/test.stamp
-	$(BIN)/python benchmarks/kernels/gpu.py --json benchmarks/results/gpu.json $(ARGS)
+	$(BIN)/python benchmarks/kernels/gpu.py $(ARGS)
 
 size:
 	$(PYTHON) .ci/size.py

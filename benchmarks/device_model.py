@@ -32,16 +32,26 @@ _CODES_STD = {4: 4.61, 8: 42.0}  # of codes: uniform over 16 values, normal belo
 
 
 def device_engine(
-    shape: Shape, folder: Path, *, device: torch.device, dtype: torch.dtype, group_size: int = 128
+    shape: Shape,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int = 128,
+    quantised: bool = True,
 ) -> Engine:
-    """An engine around such a model; `folder` takes its config and tokenizer, a few hundred KB."""
+    """An engine around such a model; `folder` takes its config and tokenizer, a few hundred KB.
+
+    Not `quantised`: every layer in `dtype`.
+    """
     start = time.perf_counter()
     write_documents(folder, shape, dtype=str(dtype).removeprefix("torch."), tokenizer=train_tokenizer())
     save_file({"image_newline": torch.zeros(1)}, folder / "model.safetensors")  # a checkpoint has a file of tensors
     checkpoint = Checkpoint.open(folder)
     model: Any = build_model(checkpoint)
     generator = torch.Generator(device).manual_seed(0)
-    for prefix, bits in (("language_model.layers.", 4), ("vision_tower.encoder.layers.", 8)):
+    schemes = (("language_model.layers.", 4), ("vision_tower.encoder.layers.", 8)) if quantised else ()
+    for prefix, bits in schemes:
         for parent, name, layer in list(_linear_layers(model, prefix)):
             setattr(parent, name, _quantised(layer, bits, group_size, dtype, device, generator))
     for module in model.modules():

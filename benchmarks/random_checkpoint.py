@@ -151,6 +151,19 @@ PRESETS = {
         text_kv_heads=4,
         max_positions=32768,
     ),
+    # The sizes of Qwen2-7B's decoder, which has biases besides, behind LLaVA-NeXT's tower: contexts of 50 thousand.
+    "qwen2-7b": replace(
+        _VICUNA_7B,
+        text_model="mistral",
+        text_hidden=3584,
+        text_ffn=18944,
+        text_layers=28,
+        text_heads=28,
+        text_kv_heads=4,
+        vocab_size=152064,
+        rope_theta=1e6,
+        max_positions=65536,
+    ),
 }
 
 

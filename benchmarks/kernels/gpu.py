@@ -2,11 +2,15 @@
 
     python benchmarks/kernels/gpu.py [--json benchmarks/results/GPU-DATE.json] [--seconds 0.2] [--only retrieval ...]
 
+Without --json the file is named after the device and the day; a Markdown page of the same tables lies beside it.
+
 Runs the kernels' tests on the device first and stops where one fails. Then two ceilings (copy, bfloat16 product), and
 each kernel as milliseconds, as a fraction of its bound, and as times as fast as its peers. Inputs are random and
 rotated so that none is found in the L2 cache; calls are captured in a CUDA graph and replayed; median of the replays. A
-kernel or a peer whose result is wrong has no time. At the end a random model of LLaVA-NeXT-7B's shape, W4A16 and W8A8,
-made on the device: dense against sparse, and the decode step replayed from a graph against the same step call by call.
+kernel or a peer whose result is wrong has no time. At the end random models made on the device, LLaVA-NeXT-7B's shape
+quantised and in bfloat16, and Qwen2-7B's decoder at some 16 and 50 thousand tokens: dense against sparse, the decode
+step replayed from a graph against the same step call by call, and a dense bfloat16 decoder of the same shape beside
+them.
 `--rehearse` runs everything at tiny sizes on the CPU, in Triton's interpreter, without times that mean anything.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevila import Image, SamplingParams, Sparsity
+from sparsevila import Engine, Image, SamplingParams, Sparsity
 from sparsevila.engine.config import Stats
 from sparsevila.kernels.attention import attention, merge_attention
 from sparsevila.kernels.gpu.column_sums import column_sums
@@ -45,6 +50,7 @@ from sparsevila.kernels.gpu.top_k import top_k
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from device_model import device_engine
 from environment import ROOT, describe
+from peers.bf16_decoder import DecoderShape, PeerTurn, peer_turn
 from random_checkpoint import preset
 
 Call = Callable[[], object]
@@ -367,14 +373,31 @@ FAMILIES = {
     "top_k": top_k_rows, "int4": int4_rows, "int8": int8_rows, "gather": gather_rows,
 }  # fmt: skip
 
-# A whole model ------------------------------------------------------------------------------------------------------
+# Whole models -------------------------------------------------------------------------------------------------------
 
 POLICIES = {"dense": Sparsity(), "60/75": Sparsity(0.60, 0.75), "75/90": Sparsity(0.75, 0.90)}
 
 
 @dataclass(frozen=True)
+class Case:
+    """A random model and what it is shown: a number of pictures of 2,880 visual tokens each."""
+
+    preset: str
+    quantised: bool
+    pictures: tuple[int, ...]
+
+
+CASES = (
+    Case("vicuna-7b-32-layers", True, (1,)),
+    Case("vicuna-7b-32-layers", False, (1,)),
+    Case("qwen2-7b", True, (6, 17)),
+    Case("qwen2-7b", False, (6, 17)),
+)
+
+
+@dataclass(frozen=True)
 class Turn:
-    """A picture, a question and an answer of a fixed length; milliseconds, medians over the rounds."""
+    """Pictures, a question and an answer of a fixed length; milliseconds, medians over the rounds."""
 
     policy: str
     steps: str  # "graph" or "eager"
@@ -384,42 +407,66 @@ class Turn:
     token: float  # of a decode step
     warmup: float  # of the first round, which is none of the others
     total: float  # encode to the last token, warm-up left out
+    prompt_tokens: int
     visual_kept: int
     visual_active: float
     kv_read_bytes: int
 
 
-def whole_model(bench: Bench, *, tokens: int, rounds: int) -> tuple[dict[str, object], list[Turn]]:
-    """What the model is, and a turn for each policy, with steps replayed from a graph and called one by one."""
+def whole_model(bench: Bench, case: Case, *, tokens: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Per number of pictures: what the model is, a turn for each policy and kind of steps, and the peer's turn."""
+    shape = preset("tiny" if bench.small else case.preset)
+    device, dtype = torch.device(bench.device), torch.float32 if bench.small else torch.bfloat16
     with tempfile.TemporaryDirectory() as scratch:
-        shape = preset("tiny" if bench.small else "vicuna-7b-32-layers")
-        dtype = torch.float32 if bench.small else torch.bfloat16
         engine = device_engine(
-            shape, Path(scratch) / "model", device=torch.device(bench.device), dtype=dtype,
-            group_size=32 if bench.small else GROUP,
+            shape, Path(scratch) / "model", device=device, dtype=dtype, group_size=32 if bench.small else GROUP,
+            quantised=case.quantised,
         )  # fmt: skip
     decoder = engine.model.decoder
     blocks = [*decoder.layers.parameters(), *decoder.norm.parameters(), *decoder.lm_head.parameters()]
     read_by_a_step = sum(p.numel() * p.element_size() for p in blocks)
+    info = engine.info
+    found: list[dict[str, object]] = []
+    for pictures in case.pictures if not bench.small else (1, 2):
+        turns = _turns(bench, engine, pictures, tokens, rounds)
+        found.append(
+            {
+                "model": case.preset, "scheme": info.scheme, "parameters": info.parameters, "pictures": pictures,
+                "weight_bytes": info.weight_bytes, "decode_bytes": read_by_a_step, "tokens": tokens, "rounds": rounds,
+                "turns": turns,
+            }
+        )  # fmt: skip
+    config = decoder.config
+    sizes = DecoderShape(
+        config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.num_kv_heads,
+        config.vocab_size,
+    )  # fmt: skip
+    engine.close()
+    for case_found in found:
+        listed = case_found["turns"]
+        assert isinstance(listed, list)
+        context = next(turn.prompt_tokens for turn in listed if turn.policy == "dense")
+        # The peer is bfloat16 whatever the case: it is measured where ours is too.
+        peer = None if case.quantised else peer_turn(sizes, context, tokens, device, dtype)
+        yield case_found | {"peer": peer}
+
+
+def _turns(bench: Bench, engine: Engine, pictures: int, tokens: int, rounds: int) -> list[Turn]:
     side = 112 if bench.small else 672
     rng = np.random.default_rng(0)
-    picture = Image(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    print(f"{engine.info.parameters / 1e9:.2f} B parameters, {engine.info.scheme}, {tokens} tokens an answer")
+    shown = [Image(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(pictures)]
     found: dict[tuple[str, str], list[Stats]] = {}
     for _ in range(rounds + 1):  # the first one compiles
         for steps in ("eager",) if bench.small else ("graph", "eager"):
             engine.runner.graphs = steps == "graph"
             for name, policy in POLICIES.items():
                 engine.forget_features()
-                session = engine.session(media=[picture], sparsity=policy)
+                session = engine.session(media=shown, sparsity=policy)
                 stats = session.ask(QUESTION, params=SamplingParams(max_new_tokens=tokens)).stats
                 session.close()
                 assert stats.output_tokens == tokens, f"expected {tokens} tokens, got {stats.output_tokens}"
                 found.setdefault((name, steps), []).append(stats)
-    engine.close()
-    info: dict[str, object] = {"scheme": engine.info.scheme, "parameters": engine.info.parameters}
-    info |= {"weight_bytes": engine.info.weight_bytes, "decode_bytes": read_by_a_step}
-    return info | {"tokens": tokens, "rounds": rounds}, [_turn(*key, runs) for key, runs in found.items()]
+    return [_turn(*key, runs) for key, runs in found.items()]
 
 
 def _turn(policy: str, steps: str, runs: list[Stats]) -> Turn:
@@ -432,22 +479,67 @@ def _turn(policy: str, steps: str, runs: list[Stats]) -> Turn:
     return Turn(
         policy, steps, ms(lambda s: s.encode_s), ms(lambda s: s.prefill_s), ms(lambda s: s.retrieval_s),
         ms(lambda s: s.decode_s / (s.output_tokens - 1)), max(s.warmup_s for s in timed) * 1e3,
-        ms(lambda s: s.encode_s + s.prefill_s + s.retrieval_s + s.decode_s), last.visual_tokens_kept,
-        last.visual_tokens_active, last.kv_read_bytes,
+        ms(lambda s: s.encode_s + s.prefill_s + s.retrieval_s + s.decode_s), last.prompt_tokens,
+        last.visual_tokens_kept, last.visual_tokens_active, last.kv_read_bytes,
     )  # fmt: skip
 
 
-def print_turns(turns: list[Turn], copy: float, decode_bytes: int) -> None:
-    """The table; of a step also which share of the copy's bandwidth weights and cache alone take."""
-    names = ("policy", "steps", "encode", "prefill", "retrieval", "token", "of copy", "warm-up", "total", "gain")
-    print(" ".join(f"{name:>9}" for name in names))
+def turn_lines(found: dict[str, object], copy: float) -> Iterator[str]:
+    """The table of one case; of a step also which share of the copy's bandwidth weights and cache alone take."""
+    turns, decode_bytes, peer = found["turns"], found["decode_bytes"], found["peer"]
+    assert isinstance(turns, list)
+    assert isinstance(decode_bytes, int)
+    yield f"{found['model']}, {found['scheme']}, {found['pictures']} pictures, {found['tokens']} tokens an answer"
+    names = (
+        "policy",
+        "steps",
+        "prompt",
+        "encode",
+        "prefill",
+        "retrieval",
+        "token",
+        "of copy",
+        "warm-up",
+        "total",
+        "gain",
+    )
+    yield " ".join(f"{name:>9}" for name in names)
     dense = {turn.steps: turn.total for turn in turns if turn.policy == "dense"}
     for turn in turns:
         share = (decode_bytes + turn.kv_read_bytes) / copy / (turn.token / 1e3)
         times = (turn.encode, turn.prefill, turn.retrieval, turn.token)
-        cells = [turn.policy, turn.steps, *(f"{ms:.2f}" for ms in times), f"{share:.0%}", f"{turn.warmup:.1f}"]
-        cells += [f"{turn.total:.1f}", f"{dense[turn.steps] / turn.total:.2f}x"]
-        print(" ".join(f"{cell:>9}" for cell in cells))
+        cells = [turn.policy, turn.steps, str(turn.prompt_tokens), *(f"{ms:.2f}" for ms in times)]
+        cells += [f"{share:.0%}", f"{turn.warmup:.1f}", f"{turn.total:.1f}", f"{dense[turn.steps] / turn.total:.2f}x"]
+        yield " ".join(f"{cell:>9}" for cell in cells)
+    if isinstance(peer, PeerTurn):
+        times_ms = f"prefill {peer.prefill_s * 1e3:.2f}, token {peer.token_s * 1e3:.2f}"
+        yield f"{peer.name}, the language model alone: {times_ms}"
+
+
+def row_line(row: Row, copy: float, product: float) -> str:
+    faster = "" if row.peer_ms is None else f"{row.peer_ms / row.ms:.2f}x"
+    peer_ms = "" if row.peer_ms is None else f"{row.peer_ms:.4f}"
+    return (
+        f"{row.kernel:<18} {row.shape:<42} {row.ms:>9.4f} {row.fraction(copy, product):>8.0%} {row.peer:>16} "
+        f"{peer_ms:>9} {faster:>7} {row.error:>8.1e}"
+    )
+
+
+def default_json() -> Path:
+    """benchmarks/results/<device>-<day>.json"""
+    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{device}-{time.strftime('%Y-%m-%d')}.json"
+
+
+class Page:
+    """What is printed, kept for the Markdown page."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
 
 
 def main() -> None:
@@ -456,7 +548,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="at least, for each figure")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer of the whole model")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each policy, after one that is not timed")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each policy, after one that is not timed")
     parser.add_argument("--no-model", action="store_true", help="kernels alone")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     args = parser.parse_args()
@@ -477,32 +569,45 @@ def main() -> None:
         if subprocess.run(tests, cwd=ROOT, check=False).returncode:
             raise SystemExit("a kernel is wrong on this device: nothing is timed")
     torch.manual_seed(0)
-    bench = Bench(small=args.rehearse, seconds=args.seconds)
+    bench, page = Bench(small=args.rehearse, seconds=args.seconds), Page()
     copy, product = ceilings(bench)
-    print(f"copy {copy / 1e9:.0f} GB/s, bfloat16 product {product / 1e12:.1f} TFLOP/s")
-    print(
+    page.tell(f"copy {copy / 1e9:.0f} GB/s, bfloat16 product {product / 1e12:.1f} TFLOP/s")
+    page.tell(
         f"{'kernel':<18} {'shape':<42} {'ms':>9} {'of bound':>8} {'peer':>16} {'peer ms':>9} {'faster':>7} {'error':>8}"
     )
     rows = []
     for name in args.only:
         for row in FAMILIES[name](bench):
-            faster = "" if row.peer_ms is None else f"{row.peer_ms / row.ms:.2f}x"
-            peer_ms = "" if row.peer_ms is None else f"{row.peer_ms:.4f}"
-            print(
-                f"{row.kernel:<18} {row.shape:<42} {row.ms:>9.4f} {row.fraction(copy, product):>8.0%} {row.peer:>16} "
-                f"{peer_ms:>9} {faster:>7} {row.error:>8.1e}",
-                flush=True,
-            )
+            page.tell(row_line(row, copy, product))
             rows.append(asdict(row) | {"fraction": row.fraction(copy, product)})
     found: dict[str, object] = {"environment": describe(), "copy_bytes_per_s": copy, "product_flop_per_s": product}
     found["rows"] = rows
-    if not args.no_model:
+    models: list[dict[str, object]] = []
+    for case in () if args.no_model else CASES:
         tokens, rounds = (3, 1) if args.rehearse else (args.tokens, args.rounds)
-        info, turns = whole_model(bench, tokens=tokens, rounds=rounds)
-        print_turns(turns, copy, int(str(info["decode_bytes"])))
-        found |= {"model": info, "turns": [asdict(turn) for turn in turns]}
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        for measured in whole_model(bench, case, tokens=tokens, rounds=rounds):
+            for line in turn_lines(measured, copy):
+                page.tell(line)
+            models.append(_plain(measured))
+            found["models"] = models
+            _write(found, page, args.json if args.rehearse else args.json or default_json())
+    _write(found, page, args.json if args.rehearse else args.json or default_json())
+
+
+def _plain(measured: dict[str, object]) -> dict[str, object]:
+    turns, peer = measured["turns"], measured["peer"]
+    assert isinstance(turns, list)
+    return measured | {
+        "turns": [asdict(turn) for turn in turns],
+        "peer": asdict(peer) if isinstance(peer, PeerTurn) else None,
+    }
+
+
+def _write(found: dict[str, object], page: Page, path: Path | None) -> None:
+    """After every model, so that a run that is cut off has left what it had."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.with_suffix(".md").write_text("\n".join(["```", *page.lines, "```", ""]))
 
 
 if __name__ == "__main__":
