@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -332,6 +333,8 @@ class EditingReader:
             else:
                 event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
+        # A signal that ends the program while the history is read would be logged, traceback and all, over the prompt.
+        logging.getLogger("prompt_toolkit").addHandler(logging.NullHandler())
         kept: History = FileHistory(str(history)) if history and _make_private(history) else InMemoryHistory()
         self._session: PromptSession[str] = PromptSession(
             message="> ",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -226,3 +228,17 @@ def test_json_lines() -> None:
     assert lines[2]["stats"]["output_tokens"] == 184
     assert lines[3] == {"type": "error", "code": "media", "message": "bad", "hint": "", "exit_code": 4}
     assert out.getvalue().isascii()
+
+
+def test_what_happens_while_the_history_is_read_is_not_logged_over_the_prompt() -> None:
+    """In a process of its own: a logger without a handler writes to stderr, and pytest has handlers."""
+    program = """
+import logging, os
+from sparsevila.engine.terminal import EditingReader
+_, slave = os.openpty()
+with open(slave, "r+b", buffering=0) as tty:
+    EditingReader(os.fdopen(os.dup(slave), "r"), os.fdopen(os.dup(slave), "w"), history=None, color=False)
+logging.getLogger("prompt_toolkit").error("Loading history failed")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
