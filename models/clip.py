@@ -5,7 +5,7 @@ Source: Radford et al., arXiv 2103.00020; layout of transformers' CLIPVisionMode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,21 +155,24 @@ class ClipLayer(ScaledBlock):
         )
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: ClipConfig, num_layers: int) -> None:
+class TowerLayers(nn.Module):
+    """The layers that are run, under the name that checkpoints have for them."""
+
+    def __init__(self, layers: Iterable[ClipLayer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layers)
 
 
-class ClipTower(nn.Module):
-    """Patches in, features and saliency out. Holds only the layers that are used."""
+class TileTower(nn.Module):
+    """A tower of such layers over tiles of one size: what CLIP, SigLIP and RADIO share."""
 
-    def __init__(self, config: ClipConfig, feature_layer: int) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = _Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelled so in every checkpoint
-        self.encoder = _Encoder(config, config.layers_run(feature_layer))
+    encoder: TowerLayers
+    num_prefix = 0  # tokens in front of the patches
+    tiles_per_batch = TILES_PER_BATCH  # of the quantiser
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) -> what enters the first layer, (B, prefix + patches, hidden_size)."""
+        raise NotImplementedError
 
     def layer(self, index: int) -> ClipLayer:
         """The layer `index`, from 0."""
@@ -183,20 +186,15 @@ class ClipTower(nn.Module):
 
     def batches(self, media: Sequence[VisualInputs], limit: int) -> list[TowerBatch]:
         """At most `limit` tiles of the media, the first of each before the second of any."""
-        weight = self.pre_layrnorm.weight
-        tiles = tiles_in_turn(media, limit).to(weight.device, weight.dtype)
-        return [TowerBatch(self.embed(some), _run_layer) for some in tiles.split(TILES_PER_BATCH)]
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> what enters the first layer, (B, 1 + patches, hidden_size)."""
-        return self.pre_layrnorm(self.embeddings(pixels))
+        tiles = tiles_in_turn(media, limit)
+        return [TowerBatch(self.embed(some), _run_layer) for some in tiles.split(self.tiles_per_batch)]
 
     def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
         """Encodes pictures.
 
-        pixels (B, 3, S, S) in the tower's dtype. Returns features (B, patches, hidden_size) without the summary token,
-        and saliency (B, patches) float32: the summary row's softmax weights in the last layer that is run, mean over
-        heads. The summary token's own column stays in the denominator (arXiv 2510.17777, section 3.1). With keys the
+        pixels (B, 3, S, S) as `embed` takes them. Returns features (B, patches, hidden_size) and saliency (B, patches)
+        float32: what the raters' rows (`ClipLayer.raters`) give each patch in the last layer that is run, mean over
+        heads and rows; columns of the prefix stay in the denominator (arXiv 2510.17777, section 3.1). With keys the
         second are marks, (B, patches, 1 + head_dim): saliency, then the head-mean key.
         """
         x = self.embed(pixels)
@@ -205,7 +203,25 @@ class ClipTower(nn.Module):
         for i, layer in enumerate(self.encoder.layers):
             x, scores = layer(x, score=i == last, with_keys=with_keys)
         assert scores is not None
-        return x[:, 1:], scores[:, 1:]
+        return x[:, self.num_prefix :], scores[:, self.num_prefix :]
+
+
+class ClipTower(TileTower):
+    """Patches in, features and saliency out; the summary token rates. Holds only the layers that are used."""
+
+    num_prefix = 1
+
+    def __init__(self, config: ClipConfig, feature_layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # spelled so in every checkpoint
+        self.encoder = TowerLayers(ClipLayer(config) for _ in range(config.layers_run(feature_layer)))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S), normalised -> what enters the first layer, (B, 1 + patches, hidden_size)."""
+        weight = self.pre_layrnorm.weight
+        return self.pre_layrnorm(self.embeddings(pixels.to(weight.device, weight.dtype)))
 
 
 def _run_layer(layer: nn.Module, _: int, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Source: Ranzinger et al., arXiv 2312.06709; layout of transformers' RadioModel (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,8 @@ from ..errors import UnsupportedModel
 from ..quant.linear import Linear
 from .blocks import ACTIVATIONS
 from .checkpoint import ConfigReader
-from .clip import MAX_LAYERS, ClipConfig, ClipLayer
-from .interface import VisualInputs
-from .siglip import PixelScale, run_layer
-from .vision_tower import TILES_PER_BATCH, TowerBatch, tiles_in_turn
+from .clip import MAX_LAYERS, ClipConfig, ClipLayer, TileTower, TowerLayers
+from .siglip import PixelScale
 
 
 @dataclass(frozen=True)
@@ -162,13 +160,7 @@ class RadioLayer(ClipLayer):
         return q[:, :, : self.num_summary]
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: RadioConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(RadioLayer(config) for _ in range(config.layers.num_layers))
-
-
-class RadioTower(nn.Module):
+class RadioTower(TileTower):
     """Pictures in, features and saliency out. All layers are run; there is no norm behind the last."""
 
     def __init__(self, config: RadioConfig, scale: PixelScale) -> None:
@@ -177,7 +169,8 @@ class RadioTower(nn.Module):
         self.scale = scale
         self.input_conditioner = _Conditioner()
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
+        self.encoder = TowerLayers(RadioLayer(config) for _ in range(config.layers.num_layers))
+        self.num_prefix = config.num_prefix
 
     @property
     def hidden_size(self) -> int:
@@ -189,41 +182,11 @@ class RadioTower(nn.Module):
         """Patches of a side of a tile."""
         return self.config.grid
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.encoder.layers
-
-    def layer(self, index: int) -> RadioLayer:
-        """The layer `index`, from 0."""
-        layer = self.encoder.layers[index]
-        assert isinstance(layer, RadioLayer)
-        return layer
-
-    def batches(self, media: Sequence[VisualInputs], limit: int) -> list[TowerBatch]:
-        """At most `limit` tiles of the media, the first of each before the second of any."""
-        tiles = tiles_in_turn(media, limit)
-        return [TowerBatch(self.embed(some), run_layer) for some in tiles.split(TILES_PER_BATCH)]
-
     def embed(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) uint8 -> what enters the first layer, (B, prefix + patches, hidden_size)."""
         weight = self.embeddings.cls_register_token
         conditioned = self.input_conditioner(self.scale(pixels.to(weight.device)))
         return self.embeddings(conditioned.to(weight.dtype))
-
-    def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
-        """Encodes pictures.
-
-        pixels (B, 3, H, W) uint8. Returns features (B, patches, hidden_size) and saliency (B, patches) float32: the
-        softmax weights that the summary tokens' rows give the patches in the last layer, mean over heads and rows. With
-        keys the second are marks, as in CLIP's.
-        """
-        x = self.embed(pixels)
-        scores = None
-        last = len(self.encoder.layers) - 1
-        for i, layer in enumerate(self.encoder.layers):
-            x, scores = layer(x, score=i == last, with_keys=with_keys)
-        assert scores is not None
-        return x[:, self.config.num_prefix :], scores[:, self.config.num_prefix :]
 
 
 _RENAMED = {

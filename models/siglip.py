@@ -6,7 +6,6 @@ Source: Zhai et al., arXiv 2303.15343; layout of transformers' SiglipVisionModel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModel
 from .blocks import ACTIVATIONS, empty_embedding
 from .checkpoint import ConfigReader
-from .clip import MAX_LAYERS, ClipConfig, ClipLayer
-from .interface import VisualInputs
-from .vision_tower import TowerBatch, tiles_in_turn
-
-# Per batch of the quantiser: all rows rate all columns, so a tile takes more than one of a tower with a summary token.
-_TILES_PER_BATCH = 4
+from .clip import MAX_LAYERS, ClipConfig, ClipLayer, TileTower, TowerLayers
 
 
 @dataclass(frozen=True)
@@ -82,21 +76,17 @@ class SiglipLayer(ClipLayer):
         return q
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: ClipConfig, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(num_layers))
-
-
-class SiglipTower(nn.Module):
+class SiglipTower(TileTower):
     """Pictures in, features and saliency out. Holds only the layers that are used."""
+
+    tiles_per_batch = 4  # all rows rate all columns, so a tile takes more than one of a tower with a summary token
 
     def __init__(self, config: ClipConfig, feature_layer: int, scale: PixelScale) -> None:
         super().__init__()
         self.config = config
         self.scale = scale
         self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config, config.layers_run(feature_layer))
+        self.encoder = TowerLayers(SiglipLayer(config) for _ in range(config.layers_run(feature_layer)))
 
     @property
     def hidden_size(self) -> int:
@@ -108,46 +98,10 @@ class SiglipTower(nn.Module):
         """Patches of a side."""
         return self.config.grid
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.encoder.layers
-
-    def layer(self, index: int) -> SiglipLayer:
-        """The layer `index`, from 0."""
-        layer = self.encoder.layers[index]
-        assert isinstance(layer, SiglipLayer)
-        return layer
-
-    def batches(self, media: Sequence[VisualInputs], limit: int) -> list[TowerBatch]:
-        """At most `limit` tiles of the media, the first of each before the second of any."""
-        tiles = tiles_in_turn(media, limit)
-        return [TowerBatch(self.embed(some), run_layer) for some in tiles.split(_TILES_PER_BATCH)]
-
     def embed(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) uint8 -> what enters the first layer, (B, patches, hidden_size)."""
         weight = self.embeddings.position_embedding.weight
         return self.embeddings(self.scale(pixels.to(weight.device)).to(weight.dtype))
-
-    def forward(self, pixels: Tensor, *, with_keys: bool = False) -> tuple[Tensor, Tensor]:
-        """Encodes pictures.
-
-        pixels (B, 3, S, S) uint8. Returns features (B, patches, hidden_size) and saliency (B, patches) float32: the
-        column means of the attention matrix of the last layer that is run, over heads and rows (arXiv 2510.17777,
-        section 3.1). With keys the second are marks, as in CLIP's.
-        """
-        x = self.embed(pixels)
-        scores = None
-        last = len(self.encoder.layers) - 1
-        for i, layer in enumerate(self.encoder.layers):
-            x, scores = layer(x, score=i == last, with_keys=with_keys)
-        assert scores is not None
-        return x, scores
-
-
-def run_layer(layer: nn.Module, _: int, x: Tensor) -> Tensor:
-    """One layer of a tower whose layers take and give (B, S, hidden_size)."""
-    out: Tensor = layer(x, score=False)[0]
-    return out
 
 
 def rename_siglip(name: str, config: ClipConfig, layers_used: int) -> str | None:
