@@ -34,7 +34,6 @@ MAX_LAYERS = 256
 _CHANNELS = 3
 _NORM_EPS = 1e-6  # no config states it
 _ROWS_PER_MLP = 4096  # a picture of 61,204 patches would need 0.8 GB for the gate in bfloat16
-_SCORES_AT_ONCE = 1 << 20  # floats of a tile of the saliency pass, 256 rows a head: what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -314,21 +313,8 @@ def _scored_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     for frame in zip(q, k, v, strict=True):
         out, lse = attention(*frame, causal=False)
         attended.append(out)
-        received.append(_received(frame[0], frame[1], lse))
+        received.append(saliency(frame[0][None], frame[1][None], lse=lse[None])[0])
     return torch.stack(attended), torch.stack(received)
-
-
-def _received(q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
-    """Mean attention that each key of one frame receives, (S,) float32."""
-    num_heads, patches, _ = q.shape
-    # A few heads at a time where the op has such a tile; on a GPU it has none, and wants all heads.
-    step = num_heads if q.is_cuda else max(1, _SCORES_AT_ONCE // (256 * patches))
-    total = torch.zeros(patches, device=q.device)
-    for first in range(0, num_heads, step):
-        heads = slice(first, first + step)
-        found = saliency(q[None, heads], k[None, heads], lse=lse[None, heads])[0]
-        total += found * len(q[heads])
-    return total / num_heads
 
 
 class _Merger(nn.Module):

@@ -1,5 +1,7 @@
 """Every op against its float64 definition on awkward shapes, with tolerances from the dtype."""
 
+import sys
+
 import pytest
 import torch
 
@@ -98,6 +100,14 @@ def test_saliency(B, H, M, N, D, dtype):
     assert_close(saliency(q, k), want, torch.float32)
     scores = q.double() @ k.double().transpose(2, 3) * D**-0.5
     assert_close(saliency(q, k, lse=scores.logsumexp(-1).float()), want, torch.float32)
+
+
+def test_saliency_takes_a_few_heads_at_a_time(monkeypatch):
+    """On a CPU: no tile holds two heads, or one tile holds three of five."""
+    q, k = rand(1, 5, 40, 16, scale=2), rand(1, 5, 30, 16)
+    for entries in (1, 3 * 40 * 30):
+        monkeypatch.setattr(sys.modules[saliency.__module__], "_TILE_ENTRIES", entries)
+        assert_close(saliency(q, k), saliency_ref(q, k), torch.float32)
 
 
 @pytest.mark.parametrize("D", [64, 72, 80, 128])

@@ -139,11 +139,10 @@ class TestAgainstTransformers:
         assert saliency.sum(1).tolist() == pytest.approx([0.25, 0.25])
         assert saliency.std() > 0.01 * saliency.mean()  # the comparison could fail
 
-    def test_heads_at_a_time(self, towers, monkeypatch):
+    def test_the_mlp_takes_some_rows_at_a_time(self, towers, monkeypatch):
         ours, _ = towers["qwen2.5"]
         layout = ours.layout(10, 12)
         want = ours(patches(2, 10, 12), layout)
-        monkeypatch.setattr(qwen_vit, "_SCORES_AT_ONCE", 256 * 120)
         monkeypatch.setattr(qwen_vit, "_ROWS_PER_MLP", 50)
         for a, b in zip(ours(patches(2, 10, 12), layout), want, strict=True):
             assert_close(a, b)
