@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..models.interface import Progress
     from .engine import Engine
     from .session import Session
+    from .sparsity.base import Method
 
 HINT_WINDOW_S = 2.0  # two Ctrl-C at an empty prompt within this time leave
 INTERRUPTED = 130
@@ -298,9 +299,10 @@ def describe_attachment(item: Attachment) -> list[str]:
     return [f"[{item.number}] {item.source}: {what}, {tokens}", *(f"    note: {note}" for note in item.notes)]
 
 
-def describe_sparsity(sparsity: Sparsity) -> str:
+def describe_sparsity(sparsity: Sparsity | Method) -> str:
     """The effective policy in words."""
-    return f"sparsity: {sparsity.prefill:.0%} pruned, {sparsity.decode:.0%} of the rest not read ({sparsity.method})"
+    name = sparsity.method if isinstance(sparsity, Sparsity) else type(sparsity).__name__
+    return f"sparsity: {sparsity.prefill:.0%} pruned, {sparsity.decode:.0%} of the rest not read ({name})"
 
 
 def describe_model(info: EngineInfo) -> list[tuple[str, str]]:

@@ -115,15 +115,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Policy:
-    """The sparsity a caller asked for; None takes the default of each kind of media."""
+    """The sparsity a caller asked for, by name or as a method of their own; None: the default of each kind of media."""
 
-    sparsity: Sparsity | None
+    sparsity: Sparsity | Method | None
     auto: Mapping[MediaKind, Sparsity]
 
-    def of_kind(self, kind: MediaKind) -> Sparsity:
+    def of_kind(self, kind: MediaKind) -> Sparsity | Method:
         return self.auto[kind] if self.sparsity is None else self.sparsity
 
-    def of_all(self, media: Sequence[MediaItem]) -> Sparsity:
+    def of_all(self, media: Sequence[MediaItem]) -> Sparsity | Method:
         """One policy for a turn over several items: a video's, if there is one."""
         return self.of_kind("video" if any(m.kind == "video" for m in media) else "image")
 

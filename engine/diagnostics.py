@@ -105,3 +105,24 @@ def agreement(token_ids: Sequence[int], dense: Sequence[Tensor], sparse: Sequenc
         kl.append(float((d.exp() * (d - s)).sum()))
         top1.append(bool(d.argmax() == s.argmax()))
     return Agreement(tuple(token_ids), tuple(kl), tuple(top1))
+
+
+@dataclass(frozen=True)
+class AnswerRating:
+    """What a model thinks of a given answer, token by token; the end of the answer is not among them."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]  # nats
+    top1: tuple[bool, ...]  # whether the token is the likeliest one
+
+    @property
+    def log_likelihood(self) -> float:
+        """Of the whole answer, nats."""
+        return sum(self.log_probs)
+
+
+def rating(token_ids: Sequence[int], logits: Sequence[Tensor]) -> AnswerRating:
+    """logits: (V,) float32 that each token was to be chosen from."""
+    pairs = list(zip(token_ids, logits, strict=True))
+    log_probs = tuple(float(row.double().log_softmax(-1)[token]) for token, row in pairs)
+    return AnswerRating(tuple(token_ids), log_probs, tuple(int(row.argmax()) == token for token, row in pairs))

@@ -31,6 +31,7 @@ from .prompt import check_media_tokens
 from .runner import Runner
 from .session import Session
 from .shortage import device_failure, out_of_memory, shortage
+from .sparsity.base import Method
 from .sparsity.registry import auto_sparsity
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -140,10 +141,13 @@ class Engine:
         *,
         media: Sequence[Image | Video] = (),
         system: str | None = None,
-        sparsity: Sparsity | None = None,
+        sparsity: Sparsity | Method | None = None,
         progress: ProgressFn = no_progress,
     ) -> Session:
-        """A new conversation, with media for its first question. Raises MediaError or InvalidRequest."""
+        """A new conversation, with media for its first question. Raises MediaError or InvalidRequest.
+
+        `sparsity` may be a method of your own, which needs no name (`engine/sparsity/base.py`).
+        """
         self.check_alive()
         if self.closed:
             raise Closed("the engine is closed")

@@ -22,13 +22,13 @@ from ..errors import Closed, InvalidRequest, MediaError, SessionBusy, SparseVILA
 from ..models.interface import Frames, Progress, ProgressFn, VisionLanguageModel, VisualInputs, no_progress
 from .config import Attachment, Chunk, Image, Result, SamplingParams, Sparsity, Turn, Video
 from .conversation import MediaItem, Policy, State
-from .diagnostics import Agreement, Overlap, Selection, agreement, overlap
+from .diagnostics import Agreement, AnswerRating, Overlap, Selection, agreement, overlap, rating
 from .media import load_media
 from .meter import Meter
 from .prompt import check_text
 from .shortage import out_of_memory, shortage
 from .shrink import shrunk
-from .sparsity.base import keep_count
+from .sparsity.base import Method, keep_count
 from .sparsity.registry import make_method
 from .streaming import TextStream
 from .turn import TurnDriver
@@ -50,7 +50,7 @@ class Session:
     Not re-entrant: while a turn runs, every other call but `cancel` raises SessionBusy.
     """
 
-    def __init__(self, engine: Engine, *, system: str | None, sparsity: Sparsity | None) -> None:
+    def __init__(self, engine: Engine, *, system: str | None, sparsity: Sparsity | Method | None) -> None:
         if system is not None:
             check_text("system text", system)
         if sparsity is not None:
@@ -78,7 +78,7 @@ class Session:
         return tuple(Turn(r.question, r.answer, tuple(m.number for m in r.media)) for r in self._state.records)
 
     @property
-    def sparsity(self) -> Sparsity:
+    def sparsity(self) -> Sparsity | Method:
         """The policy in force; where none was set, the default of the media at hand.
 
         A new `prefill` or method prefills the media again at the next turn, from the encoder's features; a new `decode`
@@ -87,7 +87,7 @@ class Session:
         return self._policy.of_all(self._state.media)
 
     @sparsity.setter
-    def sparsity(self, value: Sparsity | None) -> None:
+    def sparsity(self, value: Sparsity | Method | None) -> None:
         if value is not None:
             make_method(value)
         with self._exclusive():
@@ -332,6 +332,27 @@ class Session:
                 return agreement(*driver.decode_twice(asked, prefilled, max_new_tokens))
             except _Stopped:
                 raise SparseVILAError("agreement: cancelled before the comparison was done") from None
+            finally:
+                self._settle(self._state)
+
+    def rate(self, text: str, answer: str) -> AnswerRating:
+        """How likely this answer is as the next one, under the sparsity in force.
+
+        answer: the text as it follows the prompt, a space in front of it where the family's answers begin with one. The
+        conversation is left as it was. Raises InvalidRequest where question or answer is empty, ContextTooLong where
+        they do not fit.
+        """
+        check_text("prompt", text)
+        check_text("answer", answer)
+        with self._exclusive():
+            self._cancelled.clear()
+            try:
+                driver = self._driver(Meter(), no_progress)
+                self._settle(driver.prepare(self._state))
+                asked, prefilled, _ = driver.ask(self._state, text)
+                return rating(*driver.rate(asked, prefilled, answer))
+            except _Stopped:
+                raise SparseVILAError("rate: cancelled before the answer was read") from None
             finally:
                 self._settle(self._state)
 

@@ -269,6 +269,24 @@ class TurnDriver:
         self.retrieve(asked, prefilled.scores)
         return ids, dense, [self._step(token) for token in ids[: len(dense)]]
 
+    def rate(self, asked: State, prefilled: Prefilled, answer: str) -> tuple[list[int], list[Tensor]]:
+        """Feeds a given answer to the path that would have decoded one.
+
+        Returns its token ids and, for each, the logits (V,) float32 that it was to be chosen from.
+        """
+        engine, cache = self._engine, self._cache
+        ids = engine.tokenizer.encode(answer, first=False)
+        room = engine.max_context - cache.next_position
+        if len(ids) > room:
+            raise ContextTooLong(f"the answer needs {len(ids)} positions, the context has {room} left")
+        engine.reserve(cache, text=len(ids))
+        self.retrieve(asked, prefilled.scores)
+        logits = [self._first_logits(prefilled)]
+        for token in ids[:-1]:
+            self._check()
+            logits.append(self._step(token))
+        return ids, logits
+
     def remember(
         self,
         before: State,

@@ -42,8 +42,10 @@ def auto_sparsity(default_frames: int) -> dict[MediaKind, Sparsity]:
     return AUTO if default_frames < LONG_VIDEO_FRAMES else {**AUTO, "video": LONG_VIDEO}
 
 
-def make_method(sparsity: Sparsity) -> Method:
-    """The method of a policy. Raises InvalidRequest that lists the names."""
+def make_method(sparsity: Sparsity | Method) -> Method:
+    """The method of a policy; a method is its own. Raises InvalidRequest that lists the names."""
+    if isinstance(sparsity, Method):
+        return sparsity
     if sparsity.method not in METHODS:
         raise InvalidRequest(f"method: expected one of {', '.join(METHODS)}, got {sparsity.method!r}")
     return METHODS[sparsity.method].from_policy(sparsity)
