@@ -168,6 +168,10 @@ class KVCache:
     def visual_lens(self) -> list[int]:
         return [store.length for store in self.visual]
 
+    def entries(self) -> list[int]:
+        """Entries of all a layer holds, visual and text, whatever is active."""
+        return [visual.length + text.length for visual, text in zip(self.visual, self.text, strict=True)]
+
     def active_lens(self) -> list[int]:
         """Visual entries that a decode step reads, per layer."""
         return [store.length for store in (self.active if self.sparse else self.visual)]

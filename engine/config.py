@@ -131,6 +131,7 @@ class Stats:
     visual_tokens_active: float = 0.0  # read per decode step, mean over layers
     structural_tokens: int = 0
     layer_tokens: float = 0.0  # prefilled in this turn, mean over the decoder's layers
+    layer_pairs: float = 0.0  # pairs of a token prefilled in this turn and one that it attends to, mean over layers
     kv_read_bytes: int = 0  # keys and values that the first decode step reads
     output_tokens: int = 0
     tokens_per_s: float = 0.0  # decode steps per second, the first token left out

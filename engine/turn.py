@@ -199,12 +199,15 @@ class TurnDriver:
                 hint="raise the prefill sparsity, or clear the conversation",
             )
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
+        held = self._cache.entries()
         with self._engine.device_work(), self._meter.timed("prefill"):
             prefilled = self._engine.runner.prefill(
                 self._cache, spans, method=method, score=score, progress=progress or self.progress
             )
         self._meter.add("prompt_tokens", total)
         self._meter.add("layer_tokens", sum(prefilled.layer_tokens) / len(prefilled.layer_tokens))
+        pairs = [n * before + n * (n + 1) // 2 for n, before in zip(prefilled.layer_tokens, held, strict=True)]
+        self._meter.add("layer_pairs", sum(pairs) / len(pairs))
         return prefilled
 
     # The answer
