@@ -26,9 +26,9 @@ def decode_attention(
     """Attention of one token.
 
     q (H, D); a = (k, v) with (H_kv, A, D), b likewise with B keys; either may be empty, not both. Same dtype.
-    lengths (2,) int64 on q's device: how many entries of each are in use, None: all; a kernel reads them there, so that
-    a captured graph serves every step. `scale` defaults to 1/sqrt(D). Returns (H, D) in q's dtype. Raises ValueError if
-    shapes disagree.
+    lengths (2,) or, where key heads hold different numbers, (H_kv, 2) int64 contiguous on q's device: how many entries
+    of each are in use, None: all; a kernel reads them there, so that a captured graph serves every step. `scale`
+    defaults to 1/sqrt(D). Returns (H, D) in q's dtype. Raises ValueError if shapes disagree.
     """
     H, D = q.shape
     H_kv = b[0].shape[0]
@@ -36,6 +36,8 @@ def decode_attention(
         raise ValueError(
             f"expected keys and values (H_kv dividing {H}, n, {D}), got {[tuple(t.shape) for t in (*a, *b)]}"
         )
+    if lengths is not None and lengths.shape not in ((2,), (H_kv, 2)):
+        raise ValueError(f"expected lengths (2,) or ({H_kv}, 2), got {tuple(lengths.shape)}")
     scale = D**-0.5 if scale is None else scale
     if runs_triton(q):
         from .gpu.decode_attention import decode_attention as by_kernel
@@ -43,12 +45,21 @@ def decode_attention(
         if lengths is None:
             lengths = torch.tensor([a[0].shape[1], b[0].shape[1]]).to(q.device, non_blocking=True)
         return by_kernel(q, a, b, lengths, scale)
+    if lengths is not None and lengths.ndim == 2:
+        return torch.cat([decode_attention(*one, scale=scale) for one in _by_key_head(q, a, b, lengths)])
     a, b = _in_use(a, b, lengths)
     grouped = (q * scale).reshape(H_kv, H // H_kv, D)
     A = a[0].shape[1]
     scores = torch.cat([_by_head(grouped, k.transpose(1, 2)) for k, _ in (a, b)], dim=-1)  # (H_kv, group, A + B)
     p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (_by_head(p[..., :A], a[1]) + _by_head(p[..., A:], b[1])).reshape(H, D)
+
+
+def _by_key_head(q: Tensor, a: Segment, b: Segment, lengths: Tensor) -> list[tuple[Tensor, Segment, Segment, Tensor]]:
+    """The same of each key head by itself, one behind the other."""
+    heads = [slice(h, h + 1) for h in range(len(lengths))]
+    own = zip(q.chunk(len(lengths)), heads, lengths, strict=True)
+    return [(rows, (a[0][h], a[1][h]), (b[0][h], b[1][h]), used) for rows, h, used in own]
 
 
 def _in_use(a: Segment, b: Segment, lengths: Tensor | None) -> tuple[Segment, Segment]:
@@ -77,6 +88,8 @@ def decode_attention_ref(
     q: Tensor, a: Segment, b: Segment, lengths: Tensor | None = None, *, scale: float | None = None
 ) -> Tensor:
     """The definition in float64, over the joined segments."""
+    if lengths is not None and lengths.ndim == 2:
+        return torch.cat([decode_attention_ref(*one, scale=scale) for one in _by_key_head(q, a, b, lengths)])
     a, b = _in_use(a, b, lengths)
     H, D = q.shape
     k, v = (torch.cat([x, y], dim=1).double().repeat_interleave(H // x.shape[0], 0) for x, y in zip(a, b, strict=True))

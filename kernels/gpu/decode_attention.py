@@ -32,7 +32,8 @@ _WARPS, _STAGES = 4, 3
 
 def decode_attention(q: Tensor, a: Store, b: Store, lengths: Tensor, scale: float) -> Tensor:
     """q (H, D); stores of q's dtype, contiguous in D, keys and values of one store with the same strides; lengths (2,)
-    int64 on the device, how much of each is in use, together at least 1 -> (H, D) in q's dtype."""
+    or (H_kv, 2) int64 contiguous on the device, how much of each is in use (by each key head), together at least 1
+    -> (H, D) in q's dtype."""
     H, D = q.shape
     H_kv = b[0].shape[0]
     for k, v in (a, b):
@@ -43,12 +44,16 @@ def decode_attention(q: Tensor, a: Store, b: Store, lengths: Tensor, scale: floa
     part = torch.empty(S, H, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, H, dtype=torch.float32, device=q.device)
     q = q.contiguous()
+    own_lengths = 2 if lengths.ndim == 2 else 0  # from one key head's to the next's
     _attend[(S, H_kv)](
-        q, *a, *b, lengths, part, lse, chunks[0], H, scale * LOG2_E, a[0].stride(0), a[0].stride(1),
+        q, *a, *b, lengths, part, lse, chunks[0], H, own_lengths, scale * LOG2_E, a[0].stride(0), a[0].stride(1),
         b[0].stride(0), b[0].stride(1), **_constants(D, H // H_kv), num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     out = torch.empty_like(q)
-    _join[(H,)](part, lse, lengths, out, chunks[0], H, D=D, WIDTH=power_of_two(D), CHUNK=CHUNK, JOINED=_JOINED)
+    _join[(H,)](
+        part, lse, lengths, out, chunks[0], H, H // H_kv, own_lengths,
+        D=D, WIDTH=power_of_two(D), CHUNK=CHUNK, JOINED=_JOINED,
+    )  # fmt: skip
     return out
 
 
@@ -56,7 +61,7 @@ def variants() -> Iterator[Variant]:
     for dtype in ("fp16", "bf16"):
         stores = dict.fromkeys(("q", "k_a", "v_a", "k_b", "v_b"), f"*{dtype}")
         own = {"lengths": "*i64", "part": "*fp32", "lse": "*fp32"}
-        sizes = {"chunks_a": "i32", "H": "i32", "scale_log2": "fp32"}
+        sizes = {"chunks_a": "i32", "H": "i32", "own_lengths": "i32", "scale_log2": "fp32"}
         strides = dict.fromkeys(("a_head", "a_row", "b_head", "b_row"), "i32")
         for D in (64, 80, 128):
             for group in (1, 4, 7):
@@ -66,7 +71,8 @@ def variants() -> Iterator[Variant]:
                 )  # fmt: skip
             yield Variant(
                 f"decode_attention join d={D} {dtype}", _join,
-                {"part": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": f"*{dtype}", "chunks_a": "i32", "H": "i32"},
+                {"part": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": f"*{dtype}"}
+                | dict.fromkeys(("chunks_a", "H", "group", "own_lengths"), "i32"),
                 {"D": D, "WIDTH": power_of_two(D), "CHUNK": CHUNK, "JOINED": _JOINED}, _WARPS, _STAGES,
                 frozenset({"part", "lse", "out"}),
             )  # fmt: skip
@@ -80,14 +86,14 @@ def _constants(D: int, group: int) -> dict[str, int]:
 
 @triton.jit
 def _attend(
-    q, k_a, v_a, k_b, v_b, lengths, part, lse, chunks_a, H, scale_log2, a_head, a_row, b_head, b_row,
+    q, k_a, v_a, k_b, v_b, lengths, part, lse, chunks_a, H, own_lengths, scale_log2, a_head, a_row, b_head, b_row,
     D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     in_a = chunk < chunks_a
-    length = tl.load(lengths + tl.where(in_a, 0, 1)).to(tl.int32)
+    length = tl.load(lengths + head * own_lengths + tl.where(in_a, 0, 1)).to(tl.int32)
     first_key = tl.where(in_a, chunk, chunk - chunks_a) * CHUNK
     row_stride = tl.where(in_a, a_row, b_row).to(tl.int64)
     offset = head * tl.where(in_a, a_head, b_head)
@@ -138,7 +144,7 @@ def _attend(
 
 @triton.jit
 def _join(
-    part, lse, lengths, out, chunks_a, H,
+    part, lse, lengths, out, chunks_a, H, group, own_lengths,
     D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -147,7 +153,7 @@ def _join(
     total = 0.0
     sums = tl.zeros((WIDTH,), tl.float32)
     for segment in tl.static_range(2):
-        num = tl.cdiv(tl.load(lengths + segment).to(tl.int32), CHUNK)
+        num = tl.cdiv(tl.load(lengths + head // group * own_lengths + segment).to(tl.int32), CHUNK)
         for start in range(0, num, JOINED):
             s = start + tl.arange(0, JOINED)
             index = (s + segment * chunks_a).to(tl.int64) * H + head

@@ -90,6 +90,12 @@ class TestAttention:
         assert got.dtype == torch.float32
         assert_close(got, retrieval_ref(q, k, lse), torch.float32)
         assert got.sum() == pytest.approx(H * M * torch.tensor(-0.5).exp().item(), rel=1e-4)
+        apart = retrieval(q, k, lse, per_head=True)
+        assert_close(apart, retrieval_ref(q, k, lse, per_head=True), torch.float32)
+        group = H // H_kv
+        for head in range(H_kv):  # as if the others were not there
+            own = slice(head * group, (head + 1) * group)
+            assert_close(apart[head], retrieval_ref(q[own], k[head : head + 1], lse[own]), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,6 +190,20 @@ def test_compaction():
             compaction(sources, keep, bad)
 
 
+def test_compaction_of_sets_per_head():
+    sources = [rand(3, 19, 8), rand(3, 19, 8).flip(0)]
+    keep = [torch.tensor([[0, 4], [1, 4], [17, 18]]), torch.tensor([7])]
+    got, want = ([torch.full((3, 4, 8), torch.nan) for _ in range(2)] for _ in range(2))
+    compaction(sources, keep, got)
+    compaction_ref(sources, keep, want)
+    for x, y, index in zip(got, want, keep, strict=True):
+        assert torch.equal(x[:, : index.shape[-1]], y[:, : index.shape[-1]])
+        assert x[:, index.shape[-1] :].isnan().all()
+    assert torch.equal(got[0][2, 0], sources[0][2, 17])
+    with pytest.raises(ValueError, match="keep"):
+        compaction(sources[:1], [keep[0][:2]], got[:1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm(dtype):
     x, added, weight = (rand(*shape, dtype=dtype) for shape in ((5, 344), (5, 344), (344,)))
@@ -221,6 +241,22 @@ def test_decode_attention_reads_what_is_in_use(dtype):
     got = decode_attention(q, (k, v), (k, v), torch.tensor([20, 7]))
     assert_close(got, decode_attention_ref(q, (k, v), (k, v), torch.tensor([20, 7])), dtype)
     assert torch.equal(got, decode_attention(q, (k[:, :20], v[:, :20]), (k[:, :7], v[:, :7])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_over_heads_of_different_lengths(dtype):
+    q, k, v = rand(6, 64, dtype=dtype), rand(2, 30, 64, dtype=dtype), rand(2, 30, 64, dtype=dtype)
+    used = torch.tensor([[20, 7], [0, 30]])
+    k[0, 20:] = v[0, 20:] = torch.nan
+    got, want = (attend(q, (k, v), (k, v), used) for attend in (decode_attention, decode_attention_ref))
+    assert_close(got, want, dtype)
+    for head, (A, B) in enumerate(used.tolist()):
+        rows, own = slice(3 * head, 3 * head + 3), slice(head, head + 1)
+        assert_close(
+            want[rows], decode_attention_ref(q[rows], (k[own, :A], v[own, :A]), (k[own, :B], v[own, :B])), torch.float32
+        )
+    with pytest.raises(ValueError, match=r"lengths \(2,\) or \(2, 2\)"):
+        decode_attention(q, (k, v), (k, v), torch.ones(6, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -68,6 +68,7 @@ def test_retrieval(H: int, H_kv: int, M: int, N: int, D: int, dtype: torch.dtype
     assert error(torch.zeros_like(got), want) > 0.5
     keep = max(1, N // 4)
     assert set(got.topk(keep).indices.tolist()) == set(want.topk(keep).indices.tolist())
+    assert error(retrieval(q, k, lse, per_head=True), retrieval_ref(q, k, lse, per_head=True)) < FLOAT32_SUM
     # A row that is left out, a head that reads another's keys, or a log-sum-exp of the wrong row would be seen.
     assert error(retrieval_ref(q[:, :-1], k, lse[:, :-1]), want) > 1e3 * FLOAT32_SUM
     assert error(retrieval_ref(q, k, lse.roll(1, dims=1)), want) > 1e3 * FLOAT32_SUM
@@ -121,6 +122,26 @@ def test_decode_attention(
     if used_a + used_b > CHUNK:  # without the last key it would be seen
         one_less = (a, (b[0][:, :-1], b[1][:, :-1])) if used_b else ((a[0][:, :-1], a[1][:, :-1]), b)
         assert error(decode_attention_ref(q, *one_less), want) > 4 * STEP[torch.float16]
+
+
+def test_decode_attention_over_heads_of_different_lengths(dtype: torch.dtype, device: str) -> None:
+    H, H_kv, D, room = 6, 3, 80, 2 * CHUNK + 9
+    lengths = torch.tensor([[CHUNK + 7, 5], [0, 2 * CHUNK], [2 * CHUNK + 9, 1]], device=device)
+    q = rand(H, D, dtype=dtype, device=device)
+    a, b = (tuple(rand(H_kv, room, D, dtype=dtype, device=device, seed=s) for s in (i, i + 9)) for i in range(2))
+    for i, store in enumerate((a, b)):
+        for tensor in store:
+            for head in range(H_kv):
+                tensor[head, lengths[head, i] :] = float("nan")
+    got = decode_attention(q, a, b, lengths, D**-0.5)
+    for head, (A, B) in enumerate(lengths.tolist()):
+        rows, own = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+        want = decode_attention_ref(q[rows], (a[0][own, :A], a[1][own, :A]), (b[0][own, :B], b[1][own, :B]))
+        assert error(got[rows], want) < 2 * STEP[dtype]
+    whole = [tuple(t.nan_to_num(1.0) for t in store) for store in (a, b)]
+    same = torch.tensor([[300, 40]] * H_kv, device=device)  # one pair of lengths for all heads is the same, bit for bit
+    found = [decode_attention(q, *whole, used, D**-0.5) for used in (same[0], same)]
+    assert torch.equal(*found)
 
 
 def test_the_result_does_not_depend_on_the_capacity(dtype: torch.dtype, device: str) -> None:
