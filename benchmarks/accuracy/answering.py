@@ -98,6 +98,10 @@ class Reply:
     retrieval_s: float
     decode_s: float
     ttft_s: float
+    structural: int = 0
+    layer_tokens: float = 0.0  # prefilled for this question, mean over layers
+    layer_pairs: float = 0.0  # of a token that was prefilled and one that it attends to, mean over layers
+    kv_read_bytes: int = 0  # by the first decode step
     same_when_fresh: bool | None = None  # the same token ids in a session of its own
     kl: tuple[float, ...] = ()  # KL(dense || sparse) per step from the second token on, nats
     top1: tuple[bool, ...] = ()
@@ -243,6 +247,10 @@ def _ask(session: Session, question: Question, *, remember: bool) -> _Asked:
         retrieval_s=stats.retrieval_s,
         decode_s=stats.decode_s,
         ttft_s=stats.ttft_s,
+        structural=stats.structural_tokens,
+        layer_tokens=stats.layer_tokens,
+        layer_pairs=stats.layer_pairs,
+        kv_read_bytes=stats.kv_read_bytes,
     )
     return _Asked(reply, result.token_ids)
 

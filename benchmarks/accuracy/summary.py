@@ -69,6 +69,14 @@ def _by_task(
     return found
 
 
+def answered_by_task(
+    items: Sequence[Item], tasks: Sequence[Task], results: Iterable[Result]
+) -> dict[str, list[Answered]]:
+    """Every question of every task with what its answer is worth, by `Task.key`. Raises ValueError as `summarise`."""
+    talks = _by_task(items, tasks, results)
+    return {task.key: list(_answered(items, task, talks[task.key])) for task in tasks}
+
+
 def _answered(items: Sequence[Item], task: Task, talks: Sequence[tuple[Item, Conversation]]) -> Iterator[Answered]:
     for item, talk in talks:
         for question, reply in zip(asked_questions(item, task.protocol), talk.replies, strict=True):
@@ -205,6 +213,8 @@ def _cost_rows(task: Task, answered: Sequence[Answered]) -> Iterator[dict[str, A
             "visual_total": fmean(reply.visual_total for reply in replies),
             "visual_kept": fmean(reply.visual_kept for reply in replies),
             "visual_active": fmean(reply.visual_active for reply in replies),
+            "layer_tokens": fmean(reply.layer_tokens for reply in replies),
+            "kv_read_bytes": fmean(reply.kv_read_bytes for reply in replies),
             "output_tokens": fmean(reply.output_tokens for reply in replies),
             "first_prefill_s": _mean(reply.prefill_s for reply in first),
             "later_prefill_s": _mean(reply.prefill_s for reply in later),
