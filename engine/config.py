@@ -93,7 +93,9 @@ class SamplingParams:
 class Sparsity:
     """Fractions of visual tokens removed: `prefill` of the encoder's, `decode` of those left in the cache.
 
-    `scope` says over what prefill ranks the frames of a video: each frame on its own, or all at once.
+    `scope` says over what prefill ranks the frames of a video: each frame on its own, or all at once. The fields behind
+    it are switches beyond the paper; their defaults are off, and a method to which one means nothing refuses it. Those
+    of retrieval act where `decode` removes something, `diversity` where `prefill` does.
     Source: arXiv 2510.17777, section 3.
     """
 
@@ -101,6 +103,13 @@ class Sparsity:
     decode: float = 0.0
     method: str = "sparsevila"
     scope: Literal["per_frame", "global"] = "per_frame"
+    # How a turn's entries are shared out among layers: as many for each, or where the attention is (`budgets.py`).
+    budgets: Literal["equal", "mass"] = "equal"
+    score_layers: Literal["own", "middle"] = "own"  # whose scores rank: each layer's own, or the middle third's for all
+    sinks: int = 0  # entries that every turn reads, whatever it asks: those the encoder looks at most
+    refresh: int = 0  # tokens of an answer after which its entries are ranked afresh; 0: never
+    diversity: float = 0.0  # 0 to 1: how much likeness to what is already kept counts against a token in prefill
+    rerotate: bool = False  # whether what a turn reads moves up to contiguous positions
 
     def __post_init__(self) -> None:
         for name in ("prefill", "decode"):
@@ -110,6 +119,22 @@ class Sparsity:
                 raise InvalidRequest(f"{name} sparsity: expected 0 <= x < 1, got {value}")
         if self.scope not in ("per_frame", "global"):
             raise InvalidRequest(f"scope: expected 'per_frame' or 'global', got {self.scope!r}")
+        self._check_switches()
+
+    def _check_switches(self) -> None:
+        for name, choices in (("budgets", ("equal", "mass")), ("score_layers", ("own", "middle"))):
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise InvalidRequest(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        for name in ("sinks", "refresh"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InvalidRequest(f"{name}: expected a whole number of at least 0, got {value!r}")
+        _finite("diversity", self.diversity)
+        if not 0 <= self.diversity <= 1:
+            raise InvalidRequest(f"diversity: expected 0 <= x <= 1, got {self.diversity}")
+        if not isinstance(self.rerotate, bool):
+            raise InvalidRequest(f"rerotate: expected True or False, got {self.rerotate!r}")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Method:
         """The method with what a request asks of it."""
         return Method()
 
+    # The switches of a policy that mean something to the method; it refuses the others (`engine/switches.py`).
+    switches: ClassVar[frozenset[str]] = frozenset()
     # A method that compares the encoder's keys gets them with the tokens.
     needs_keys = False
     # Whether tokens behind a pruned one move up, in the layers that it is missing from; else all keep their positions.
@@ -124,6 +126,15 @@ class Method:
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
         """What this turn may read: scores (N,) float32 per layer -> ascending indices, None for all."""
         return None
+
+    def on_turn_with(self, scores: Sequence[Tensor], saliency: Callable[[], Tensor]) -> list[Tensor] | None:
+        """`on_turn`, for a method that also wants how much the encoder looks at each entry: saliency() (N,) float32."""
+        return self.on_turn(scores)
+
+    # Tokens of an answer after which `on_turn` is asked again, with what those tokens look at; 0: once a turn.
+    refresh = 0
+    # Whether what a turn reads of a medium moves up to contiguous positions that end where the medium's last token is.
+    rerotate = False
 
 
 @dataclass(frozen=True)

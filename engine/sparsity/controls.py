@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
 from .base import SHRINK_TOLERANCE, Method, Survivors, keep_count
-from .sparsevila import SparseVILA
+from .sparsevila import RETRIEVAL_SWITCHES, SparseVILA
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class Resize(SparseVILA):
     number of tokens, a turn raises InvalidRequest. `decode` adds SparseVILA's retrieval.
     """
 
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> Resize:
-        return Resize(sparsity.prefill, sparsity.decode)
+    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES
 
     @property
     def shrinks_by(self) -> float:

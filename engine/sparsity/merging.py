@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from ...models.interface import MediaKind, VisualTokens
 from .base import Survivors
-from .sparsevila import SparseVILA, standing
+from .sparsevila import RETRIEVAL_SWITCHES, SparseVILA, standing
 
 _SIMILARITIES_AT_ONCE = 1 << 22  # floats: 16 MB
 
@@ -43,6 +44,7 @@ class Merging(SparseVILA, ABC):
     """A method that replaces the tokens of a group by fewer. A fraction of 0 leaves everything as it is."""
 
     needs_keys = True
+    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope"}
 
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         if self.prefill == 0:

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap
-from ..config import Sparsity
 from .base import keep_count
 from .merging import Group, Merging, rest_of
 from .sparsevila import SparseVILA
@@ -44,10 +43,6 @@ class PruMerge(Merging):
 
     neighbours: int = 32
     reach: float = 1.5  # times the range between the quartiles
-
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> PruMerge:
-        return PruMerge(sparsity.prefill, sparsity.decode, sparsity.scope)
 
     def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
         """The most there can be: what lies above the third quartile, and the sum."""
@@ -109,10 +104,6 @@ class PruMergePlus(PruMerge):
     among those that are no outliers, in the order of the sequence. A single token (k = 1) is the most salient one,
     without a sum; where k is all of them, all stay and there is nothing to sum.
     """
-
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> PruMergePlus:
-        return PruMergePlus(sparsity.prefill, sparsity.decode, sparsity.scope)
 
     def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
         return SparseVILA.planned_keep(self, token_map, kind)

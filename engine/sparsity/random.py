@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...models.interface import VisualTokens
-from ..config import Sparsity
 from .sparsevila import SparseVILA
 
 
@@ -28,10 +28,7 @@ class RandomTokens(SparseVILA):
     """
 
     seed: int = 0
-
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> RandomTokens:
-        return RandomTokens(sparsity.prefill, sparsity.decode, sparsity.scope)
+    switches: ClassVar[frozenset[str]] = frozenset({"scope", "refresh", "rerotate"})  # the others change the ranking
 
     def _token_merit(self, tokens: VisualTokens) -> Tensor:
         return torch.rand(len(tokens), generator=self._dice(tokens.features))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import InvalidRequest
 from ...models.interface import MediaKind
 from ..config import Sparsity
+from ..switches import SWITCHES, switched_on
 from .base import Method
 from .controls import NoTokens, Resize
 from .fastv import FastV
@@ -43,9 +44,16 @@ def auto_sparsity(default_frames: int) -> dict[MediaKind, Sparsity]:
 
 
 def make_method(sparsity: Sparsity | Method) -> Method:
-    """The method of a policy; a method is its own. Raises InvalidRequest that lists the names."""
+    """The method of a policy; a method is its own.
+
+    Raises InvalidRequest that lists the names, or the switches that mean something to the method.
+    """
     if isinstance(sparsity, Method):
         return sparsity
     if sparsity.method not in METHODS:
         raise InvalidRequest(f"method: expected one of {', '.join(METHODS)}, got {sparsity.method!r}")
-    return METHODS[sparsity.method].from_policy(sparsity)
+    method = METHODS[sparsity.method]
+    if refused := [name for name in switched_on(sparsity) if name not in method.switches]:
+        known = ", ".join(name for name in SWITCHES if name in method.switches) or "none"
+        raise InvalidRequest(f"method {sparsity.method}: expected switches among {known}, got {', '.join(refused)}")
+    return method.from_policy(sparsity)

@@ -6,9 +6,9 @@ are those of docs/architecture.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,20 +17,32 @@ from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
 from .base import Method, Survivors, keep_count
+from .budgets import by_mass
+from .diversity import diverse
+
+RETRIEVAL_SWITCHES = frozenset({"budgets", "score_layers", "sinks", "refresh", "rerotate"})
 
 
 @dataclass(frozen=True)
 class SparseVILA(Method):
     """`scope` is what prefill ranks together in a video: each frame on its own, or all frames at once.
 
-    Images rank all their tiles together. Ranking is by top-k, ties to the lower index, so counts are static.
+    Images rank all their tiles together. Ranking is by top-k, ties to the lower index, so counts are static. The other
+    switches are ours and go beyond the paper; docs/architecture.md says what each computes.
     """
 
     scope: Literal["per_frame", "global"] = "per_frame"
+    budgets: Literal["equal", "mass"] = "equal"
+    score_layers: Literal["own", "middle"] = "own"
+    sinks: int = 0
+    refresh: int = 0
+    diversity: float = 0.0
+    rerotate: bool = False
+    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope", "diversity"}
 
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> SparseVILA:
-        return SparseVILA(sparsity.prefill, sparsity.decode, sparsity.scope)
+    @classmethod
+    def from_policy(cls, sparsity: Sparsity) -> SparseVILA:
+        return cls(sparsity.prefill, sparsity.decode, **{name: getattr(sparsity, name) for name in cls.switches})
 
     @property
     def scores_turn(self) -> bool:
@@ -52,12 +64,24 @@ class SparseVILA(Method):
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         if self.prefill == 0:
             return None
-        merit = self._token_merit(tokens)
         keep = torch.zeros(len(tokens), dtype=torch.bool)
-        for group in self._groups(tokens.token_map, kind):
-            if len(group):
-                keep[group[top_k(merit[group][None], keep_count(len(group), self.prefill))[0]]] = True
+        groups = [group for group in self._groups(tokens.token_map, kind) if len(group)]
+        for stays in self._most_salient(tokens, groups) if self.diversity == 0 else self._diverse(tokens, groups):
+            keep[stays] = True
         return Survivors.of(tokens, torch.nonzero(keep | standing(tokens.token_map, keep))[:, 0])
+
+    def _most_salient(self, tokens: VisualTokens, groups: list[Tensor]) -> Iterator[Tensor]:
+        merit = self._token_merit(tokens)
+        for group in groups:
+            yield group[top_k(merit[group][None], keep_count(len(group), self.prefill))[0]]
+
+    def _diverse(self, tokens: VisualTokens, groups: list[Tensor]) -> Iterator[Tensor]:
+        merit = self._token_merit(tokens)
+        for size in {len(group) for group in groups}:
+            members = torch.stack([group for group in groups if len(group) == size])
+            count = keep_count(size, self.prefill)
+            stays = diverse(merit[members], tokens.features[members], count, self.diversity)
+            yield members.gather(1, stays)
 
     def _token_merit(self, tokens: VisualTokens) -> Tensor:
         """What prefill ranks by, (N,) float32 on the CPU."""
@@ -65,17 +89,44 @@ class SparseVILA(Method):
         return tokens.saliency.cpu()
 
     def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
+        return self._retrieved(scores, None)
+
+    def on_turn_with(self, scores: Sequence[Tensor], saliency: Callable[[], Tensor]) -> list[Tensor] | None:
+        if self.decode == 0 or self.sinks == 0:
+            return self.on_turn(scores)
+        pinned = min(self.sinks, *(keep_count(len(layer), self.decode) for layer in scores))
+        return self._retrieved(scores, top_k(saliency()[None], pinned)[0])
+
+    def _retrieved(self, scores: Sequence[Tensor], pinned: Tensor | None) -> list[Tensor] | None:
+        """The best of each layer, those that are pinned first."""
         if self.decode == 0:
             return None
         scores = self._turn_merit(scores)
-        lengths = {len(layer) for layer in scores}
-        if len(lengths) == 1:  # all layers in one call
-            return list(top_k(torch.stack(list(scores)), keep_count(lengths.pop(), self.decode)))
-        return [top_k(layer[None], keep_count(len(layer), self.decode))[0] for layer in scores]
+        if self.score_layers == "middle":
+            scores = middle(scores)
+        counts = [keep_count(len(layer), self.decode) for layer in scores]
+        if self.budgets == "mass":
+            counts = by_mass(scores, counts, pinned)
+        if pinned is not None:
+            scores = [layer.index_fill(0, pinned, torch.inf) for layer in scores]
+        sizes = {(len(layer), count) for layer, count in zip(scores, counts, strict=True)}
+        if len(sizes) == 1:  # all layers in one call
+            return list(top_k(torch.stack(list(scores)), counts[0]))
+        return [top_k(layer[None], count)[0] for layer, count in zip(scores, counts, strict=True)]
 
     def _turn_merit(self, scores: Sequence[Tensor]) -> Sequence[Tensor]:
         """What a turn ranks by, (N,) float32 per layer: the scores themselves."""
         return scores
+
+
+def middle(scores: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of the middle third of layers, for every layer: rounded up to as many on both sides.
+
+    Shallow and deep layers look at a few tokens whatever is asked.
+    """
+    num_layers = len(scores)
+    third = num_layers // 3
+    return [torch.stack(list(scores[third : num_layers - third])).mean(dim=0)] * num_layers
 
 
 def standing(token_map: TokenMap, keep: Tensor) -> Tensor:

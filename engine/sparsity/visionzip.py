@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels.top_k import top_k
-from ..config import Sparsity
 from .base import keep_count
 from .merging import Group, Merging, rest_of
 
@@ -42,10 +41,6 @@ class VisionZip(Merging):
     dominant: int = 54
     contextual: int = 10  # to so many dominant ones
     merge: Literal["mean", "added"] = "mean"
-
-    @staticmethod
-    def from_policy(sparsity: Sparsity) -> VisionZip:
-        return VisionZip(sparsity.prefill, sparsity.decode, sparsity.scope)
 
     def num_contextual(self, kept: int) -> int:
         """How many of the tokens that stay are contextual."""
