@@ -7,7 +7,7 @@ are those of docs/architecture.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -32,6 +32,7 @@ class SparseVILA(Method):
     """
 
     scope: Literal["per_frame", "global"] = "per_frame"
+    _: KW_ONLY
     budgets: Literal["equal", "mass"] = "equal"
     score_layers: Literal["own", "middle"] = "own"
     sinks: int = 0
