@@ -13,7 +13,7 @@ from accuracy.questions import Item, Question
 from world.splits import make
 from world.video import psnr, write_h264
 
-from sparsevila import Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity, Video
+from sparsevila import Engine, Image, InvalidRequest, Result, SamplingParams, Session, Sparsity, Video
 from sparsevila.engine.media import load_media
 from sparsevila.engine.sparsity.registry import make_method
 
@@ -232,8 +232,13 @@ def answer_limit(question: Question) -> int:
 def _ask(session: Session, question: Question, *, remember: bool) -> _Asked:
     params = SamplingParams(max_new_tokens=answer_limit(question))
     result = session.ask(question.text, params=params, remember=remember)
+    return _Asked(reply_of(result), result.token_ids)
+
+
+def reply_of(result: Result) -> Reply:
+    """An answer of the engine's, without what is compared with others."""
     stats = result.stats
-    reply = Reply(
+    return Reply(
         text=result.text,
         was_cut=result.finish_reason == "length",
         output_tokens=stats.output_tokens,
@@ -252,7 +257,6 @@ def _ask(session: Session, question: Question, *, remember: bool) -> _Asked:
         layer_pairs=stats.layer_pairs,
         kv_read_bytes=stats.kv_read_bytes,
     )
-    return _Asked(reply, result.token_ids)
 
 
 def _overlap(session: Session) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

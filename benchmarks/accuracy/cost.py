@@ -1,10 +1,10 @@
 """What an answer costs, counted: multiply-adds and bytes of its parts. Never called time.
 
 A multiply-add is two operations (FLOP). M tokens prefilled and P pairs of a token and one that it attends to, both
-means over the decoder's L layers, as a turn's figures have them; S = 1 + patches of a tile, N tokens in the visual store,
-R text tokens prefilled, E keys that a decode step reads, all layers together; h, f, V widths of the decoder, its FFN and
-its vocabulary, q and kv those of all queries and all keys; w, g, T width, FFN width and layers run of the tower, p its
-patch's side in pixels.
+means over the decoder's L layers, as a turn's figures have them; S = 1 + patches of a tile; N tokens in the visual
+store, R text tokens prefilled, E keys that a decode step reads, all layers together; h, f, V widths of the decoder, its
+FFN and its vocabulary, q and kv those of all queries and all keys; w, g, T width, FFN width and layers run of the
+tower, p its patch's side in pixels.
 
     part        multiply-adds
     encoder     tiles ((S - 1) 3 p^2 w + T S (4 w^2 + 2 w g) + 2 T S^2 w + S w)    the last: the saliency's one row

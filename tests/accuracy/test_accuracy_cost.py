@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from accuracy.answering import Reply
+from accuracy.answering import Reply, reply_of
 from accuracy.cost import (
     Cost,
     ModelSizes,
@@ -70,15 +70,6 @@ def counted(engine, picture, sparsity: Sparsity, tokens: int) -> tuple[list[int]
             flop.append(counter.get_total_flops())
             replies.append(reply_of(result))
     return flop, replies
-
-
-def reply_of(result) -> Reply:
-    stats = result.stats
-    return Reply(
-        result.text, result.finish_reason == "length", stats.output_tokens, stats.prompt_tokens, stats.cached_tokens,
-        stats.visual_tokens_total, stats.visual_tokens_kept, stats.visual_tokens_active, 0, 0, 0, 0, 0,
-        stats.structural_tokens, stats.layer_tokens, stats.layer_pairs, stats.kv_read_bytes,
-    )  # fmt: skip
 
 
 def tiles_of(engine, picture) -> int:
