@@ -106,6 +106,7 @@ class Sparsity:
     # How a turn's entries are shared out among layers: as many for each, or where the attention is (`budgets.py`).
     budgets: Literal["equal", "mass"] = "equal"
     score_layers: Literal["own", "middle"] = "own"  # whose scores rank: each layer's own, or the middle third's for all
+    sets: Literal["shared", "per_kv_head"] = "shared"  # whether the key heads of a layer read the same entries
     sinks: int = 0  # entries that every turn reads, whatever it asks: those the encoder looks at most
     refresh: int = 0  # tokens of an answer after which its entries are ranked afresh; 0: never
     diversity: float = 0.0  # 0 to 1: how much likeness to what is already kept counts against a token in prefill
@@ -122,10 +123,15 @@ class Sparsity:
         self._check_switches()
 
     def _check_switches(self) -> None:
-        for name, choices in (("budgets", ("equal", "mass")), ("score_layers", ("own", "middle"))):
+        allowed = {
+            "budgets": ("equal", "mass"), "score_layers": ("own", "middle"), "sets": ("shared", "per_kv_head")
+        }  # fmt: skip
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 expected = " or ".join(map(repr, choices))
                 raise InvalidRequest(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if (self.sets, self.score_layers) == ("per_kv_head", "middle"):
+            raise InvalidRequest("sets per_kv_head and score_layers middle exclude each other: layers share no heads")
         for name in ("sinks", "refresh"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -148,6 +154,7 @@ class Stats:
     retrieval_s: float = 0.0  # ranking and compaction
     ttft_s: float = 0.0  # from the call to the first token
     decode_s: float = 0.0  # from the first token to the last, warm-up left out
+    refresh_s: float = 0.0  # of decode_s: ranking afresh in the middle of an answer, the prefill that it takes included
     warmup_s: float = 0.0  # compiling and capturing the decode step, where this turn was the first to need it
     prompt_tokens: int = 0  # prefilled in this turn
     cached_tokens: int = 0  # found in the cache

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..models.interface import MediaKind, ProgressFn, TokenMap, VisualInputs, VisualTokens
 from .cache import CacheCheckpoint
 from .config import Sparsity
-from .diagnostics import Selection
+from .diagnostics import Selection, held_mass
+from .head_sets import HeadSets, behind, by_head, chosen, is_shared, joined, on_cpu
 from .sparsity.base import Method, Survivors
 from .sparsity.registry import make_method
 
@@ -47,10 +48,11 @@ class Placed:
 
     tokens: VisualTokens
     survivors: Survivors
-    # Per decoder layer, where a method pruned inside the decoder: which of the prompt's `in_store` its store holds or,
-    # if merged, what the entry stands for: (n,) int64, in the order of the store. The first item of a prompt tells it
-    # of all of them, one behind the other; the others' are empty. None: every layer's store holds all.
-    layers: tuple[Tensor, ...] | None = None
+    # Per decoder layer, where a method pruned inside the decoder or evicted by head: which of the prompt's `in_store`
+    # its store holds or, if merged, what the entry stands for, in the order of the store. The first item of a prompt
+    # tells it of all of them, one behind the other; the others' are empty. None: every layer's store holds all.
+    layers: tuple[HeadSets, ...] | None = None
+    start: int = 0  # position of its first token, where positions have one axis
 
     def in_store(self) -> Tensor:
         """Indices into the encoder's tokens of what entered the visual store, in its order."""
@@ -139,17 +141,26 @@ class Policy:
         return self.planned_keep(item) + int(item.token_map.structural.sum())
 
 
-def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Sequence[Tensor] | None) -> Selection:
+def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Sequence[HeadSets] | None) -> Selection:
     """One turn's view of the media in the cache.
 
-    scores and active, per layer, are of the entries of that layer's store.
+    scores and active, per layer, are of the entries of that layer's store: scores (n,), or (H_kv, n) of each key head.
     """
     stored = _stored(placed)
     if stored is not None:
         size = sum(len(item.in_store()) for item in placed)
         if scores is not None:
-            scores = [torch.zeros(size).scatter(0, here, s.cpu()) for here, s in zip(stored, scores, strict=True)]
-        active = stored if active is None else [here[a.cpu()] for here, a in zip(stored, active, strict=True)]
+            scores = [_spread(s.cpu(), here, size) for here, s in zip(stored, scores, strict=True)]
+        if active is None:
+            active = stored
+        else:
+            active = [chosen(here, on_cpu(sets)) for here, sets in zip(stored, active, strict=True)]
+    mass = None
+    if scores is not None:
+        scores = [s.cpu() for s in scores]
+        if active is not None and any(s.ndim == 2 for s in scores):
+            mass = tuple(held_mass(s, on_cpu(sets)) for s, sets in zip(scores, active, strict=True))
+        scores = [s.mean(dim=0) if s.ndim == 2 else s for s in scores]
     offset, store, saliency = 0, [], []
     for item in placed:
         store.append(item.in_store() + offset)
@@ -160,13 +171,23 @@ def select(placed: Sequence[Placed], scores: Sequence[Tensor] | None, active: Se
         token_map=TokenMap.concat([item.tokens.token_map for item in placed]),
         saliency=torch.cat(saliency),
         store=torch.cat(store),
-        scores=None if scores is None else tuple(s.cpu() for s in scores),
-        active=None if active is None else tuple(a.cpu() for a in active),
+        scores=None if scores is None else tuple(scores),
+        active=None if active is None else tuple(map(on_cpu, active)),
+        mass=mass,
     )
 
 
-def _stored(placed: Sequence[Placed]) -> Sequence[Tensor] | None:
-    """Per layer, which of all that entered its store holds, (n,) int64 in its order; None: each holds all of it."""
+def _spread(scores: Tensor, here: HeadSets, size: int) -> Tensor:
+    """Scores of a layer's entries, (n,) or (H_kv, n), as those of all that entered: 0 for what the layer lacks."""
+    if scores.ndim == 1 and isinstance(here, Tensor):
+        return torch.zeros(size).scatter(0, here, scores)
+    each = by_head(here) * len(scores) if is_shared(here) else by_head(here)
+    rows = [torch.zeros(size).scatter(0, own, s[: len(own)]) for own, s in zip(each, scores, strict=True)]
+    return torch.stack(rows)
+
+
+def _stored(placed: Sequence[Placed]) -> Sequence[HeadSets] | None:
+    """Per layer, which of all that entered its store holds, in its order; None: each holds all of it."""
     pruned = [item.layers for item in placed if item.layers is not None]
     if not pruned:
         return None
@@ -176,12 +197,12 @@ def _stored(placed: Sequence[Placed]) -> Sequence[Tensor] | None:
     for item in placed:
         size = len(item.in_store())
         layers = item.layers or (torch.arange(size),) * len(pruned[0])
-        parts.append([layer + offset for layer in layers])
+        parts.append([behind(layer, offset) for layer in layers])
         offset += size
-    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+    return [joined(layer) for layer in zip(*parts, strict=True)]
 
 
-def pruned_inside(placed: Sequence[Placed], stayed: Sequence[Tensor] | None) -> list[Placed]:
+def pruned_inside(placed: Sequence[Placed], stayed: Sequence[HeadSets] | None) -> list[Placed]:
     """Items that one prefill placed, with what of them each layer's store holds.
 
     stayed: `Prefilled.stayed`, indices into all visual tokens of that prefill.

@@ -88,12 +88,13 @@ class DecodeStep:
     def forward(self, cache: KVCache) -> Tensor:
         """Appends the token to the cache, whose lengths on the device count it -> logits (V,) float32."""
         decoder, lengths = self._decoder, cache.lengths
-        lengths[:, 1].add_(1)
+        lengths[..., 1].add_(1)
         position = self._position - self._lag if cache.lag else self._position
         # (1, D/2), or (layers, D/2) where every layer counts for itself
         cos, sin = (table.index_select(0, position) for table in (self._angles.cos, self._angles.sin))
         hidden, added = decoder.embed(self._token), None
-        for layer, (own, end) in enumerate(zip(lengths.unbind(0), lengths[:, 1:].unbind(0), strict=True)):
+        ends = lengths[:, 1:] if lengths.ndim == 2 else lengths[:, 0, 1:]  # (layers, 1): of the text stores
+        for layer, (own, end) in enumerate(zip(lengths.unbind(0), ends.unbind(0), strict=True)):
             module = decoder.layer(layer)
             seen, text = cache.stores(layer)
             hidden, qkv = module.enter(hidden, added)

@@ -1,5 +1,7 @@
 """What a turn pruned, kept and read, and how much that matters. Cheap, and always available.
 
+Where the key heads of a layer read sets of their own, a share counts (layer, key head) pairs and an overlap (key head,
+token) pairs; a layer has read a token if one of its heads has.
 Sink: a token that is active in every turn at a layer. Retrieval token: active in some turns, not in all.
 Source: arXiv 2510.17777, section 5.
 """
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.interface import TokenMap
+from .head_sets import HeadSets, by_head, is_shared
 
 PRUNED, KEPT, ACTIVE, STRUCTURAL = range(4)
 
@@ -27,17 +30,23 @@ class Selection:
     # L times (S,) float32, the question's mean attention, 0 for what an earlier layer has pruned; None in a dense turn
     scores: tuple[Tensor, ...] | None
     # L times (k,) int64 into the store, ascending but for merged tokens: what the layer read, retrieved for this turn
-    # or all that pruning inside the decoder has left it for good. None: every layer read everything.
-    active: tuple[Tensor, ...] | None
+    # or all that pruning inside the decoder has left it for good; or of each key head (`head_sets.py`). None: every
+    # layer read everything.
+    active: tuple[HeadSets, ...] | None
+    # L shares of the question's attention to the visual store that heads hold which read sets of their own; None: as
+    # `scores` and `active` tell
+    mass: tuple[float, ...] | None = None
 
     def layer_share(self) -> Tensor:
-        """Share of layers that read each encoder token, (N,) float32."""
+        """Share of layers that read each encoder token, (N,) float32; of key heads where they read their own."""
         share = torch.zeros(len(self.token_map))
         if self.active is None:
             share[self.store] = 1.0
         else:
-            for indices in self.active:
-                share[self.store[indices]] += 1 / len(self.active)
+            for sets in self.active:
+                heads = by_head(sets)
+                for indices in heads:
+                    share[self.store[indices]] += 1 / (len(self.active) * len(heads))
         return share
 
     def states(self) -> Tensor:
@@ -52,7 +61,21 @@ class Selection:
         """Share of the question's attention to the visual store that the active set holds, per layer."""
         if self.scores is None or self.active is None:
             return []
-        return [float(s[a].sum() / s.sum()) for s, a in zip(self.scores, self.active, strict=True)]
+        if self.mass is not None:
+            return list(self.mass)
+        return [held_mass(scores, sets) for scores, sets in zip(self.scores, self.active, strict=True)]
+
+
+def held_mass(scores: Tensor, sets: HeadSets) -> float:
+    """Share of scores (S,), or (H_kv, S) of each key head, that the entries `sets` of a layer hold.
+
+    Scores that are of no head in particular are taken for each head's.
+    """
+    heads = by_head(sets)
+    if scores.ndim == 1 or is_shared(sets):
+        of_all = scores if scores.ndim == 1 else scores.mean(dim=0)
+        return float(sum(of_all[own].sum() for own in heads) / (len(heads) * of_all.sum()))
+    return float(sum(row[own].sum() for row, own in zip(scores, heads, strict=True)) / scores.sum())
 
 
 @dataclass(frozen=True)
@@ -71,10 +94,11 @@ def overlap(selections: Sequence[Selection]) -> Overlap:
         raise ValueError(f"expected at least two sparse turns, got {len(turns)}")
     jaccard, sinks, retrieval = [], [], []
     for layer in range(len(turns[0].active or ())):
-        masks = torch.stack([_mask(turn, layer) for turn in turns])  # (turns, S)
-        both = (masks[1:] & masks[:-1]).sum(dim=1)
-        either = (masks[1:] | masks[:-1]).sum(dim=1)
+        heads = torch.stack(torch.broadcast_tensors(*(_mask(turn, layer) for turn in turns)))  # (turns, heads, S)
+        both = (heads[1:] & heads[:-1]).sum(dim=(1, 2))
+        either = (heads[1:] | heads[:-1]).sum(dim=(1, 2))
         jaccard.append(float((both / either).mean()))
+        masks = heads.any(dim=1)
         always = masks.all(dim=0)
         sinks.append(torch.nonzero(always)[:, 0])
         retrieval.append(torch.nonzero(masks.any(dim=0) & ~always)[:, 0])
@@ -82,9 +106,12 @@ def overlap(selections: Sequence[Selection]) -> Overlap:
 
 
 def _mask(selection: Selection, layer: int) -> Tensor:
-    mask = torch.zeros(len(selection.store), dtype=torch.bool)
+    """(heads, S) bool: one row where heads share the set."""
     assert selection.active is not None
-    mask[selection.active[layer]] = True
+    heads = by_head(selection.active[layer])
+    mask = torch.zeros(len(heads), len(selection.store), dtype=torch.bool)
+    for row, own in zip(mask, heads, strict=True):
+        row[own] = True
     return mask
 
 

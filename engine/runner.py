@@ -20,6 +20,7 @@ from ..kernels.retrieval import retrieval
 from ..models.interface import Progress, ProgressFn, TokenMap, VisionLanguageModel, VisualTokens, no_progress
 from .cache import KVCache
 from .decode_step import AngleTable, Answer, DecodeStep
+from .head_sets import HeadSets
 from .sampler import Sampler
 from .sparsity.base import Method, Rows
 
@@ -54,11 +55,13 @@ class Prefilled:
     """What a prefill leaves behind besides the cache."""
 
     hidden: Tensor  # (hidden_size,) of the last token
-    scores: list[Tensor] | None  # per layer (N,) float32, mean over heads and rows, if they were asked for
+    # Per layer float32, if they were asked for: (N,), mean over heads and rows, or, where the method has them by head,
+    # (H_kv, N), mean over the query heads of each key head; -1 where a head has no such entry.
+    scores: list[Tensor] | None
     layer_tokens: list[int]  # tokens that each layer computed
-    # Per layer, where a method prunes inside the decoder: which of this prefill's visual tokens are in its store or, if
-    # merged, what the entry stands for: (n,) int64, in the order of the store.
-    stayed: tuple[Tensor, ...] | None = None
+    # Per layer, where a method prunes inside the decoder or evicts by head: which of this prefill's visual tokens are
+    # in its store or, if merged, what the entry stands for, in the order of the store.
+    stayed: tuple[HeadSets, ...] | None = None
 
 
 @dataclass
@@ -151,11 +154,14 @@ class Runner:
         has_visual = any(isinstance(span, VisualSpan) for span in spans)
         num_visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
         prunes = num_visual > 0 and any(method.layer_rows(i) for i in range(cache.num_layers))
+        evicts = num_visual > 0 and method.window > 0
+        assert not (prunes and evicts), "a method drops tokens on their way or entries by head, not both"
         # A method that prunes after a layer needs all tokens at that layer, so they walk through it together; so does a
         # question that is scored over media which are not in the store before it.
-        block = total if prunes or (score and has_visual) else self.chunk_tokens
+        block = total if prunes or evicts or (score and has_visual) else self.chunk_tokens
         positions, next_position = self._positions(_parts(spans), cache.next_position)
-        mass = [torch.zeros(n, device=self.device) for n in cache.visual_lens()] if score else None
+        mass = _Mass(cache, self.device, apart=method.scores_per_head) if score else None
+        eviction = _Eviction(cache, method, num_visual) if evicts else None
         layer_tokens = [0] * cache.num_layers
         pruning = _Pruning(self, cache, spans, next_position, method) if prunes else None
         hidden = torch.empty(0)
@@ -177,14 +183,15 @@ class Runner:
                 if pruning is not None:
                     pruning.before(layer, chunks)
                 layer_tokens[layer] += sum(map(len, chunks))
-                self._layer(cache, layer, chunks, pruning, mass, with_media=has_visual)
+                self._layer(cache, layer, chunks, pruning or eviction, mass, with_media=has_visual)
             hidden = chunks[-1].hidden[-1]
         cache.next_position = next_position
         if pruning is not None:
             cache.lag = pruning.lag()
         progress(Progress("prefill", total, total, "tokens"))
-        scores = None if mass is None else [m / (self.decoder.config.num_heads * num_rows) for m in mass]
-        return Prefilled(hidden, scores, layer_tokens, None if pruning is None else tuple(pruning.stayed))
+        scores = None if mass is None else mass.means(self.decoder.config.num_heads, num_rows)
+        stayed = next((tuple(found.stayed) for found in (pruning, eviction) if found is not None), None)
+        return Prefilled(hidden, scores, layer_tokens, stayed)
 
     def _move(self, chunk: _Chunk, positions: Tensor) -> None:
         """Puts the tokens of a chunk at other positions, from the next layer on."""
@@ -196,8 +203,8 @@ class Runner:
         cache: KVCache,
         layer: int,
         chunks: list[_Chunk],
-        pruning: _Pruning | None,
-        mass: list[Tensor] | None,
+        pruning: _Pruning | _Eviction | None,
+        mass: _Mass | None,
         *,
         with_media: bool,
     ) -> None:
@@ -208,20 +215,21 @@ class Runner:
         asked: list[tuple[Tensor, Tensor]] = []  # and of the question's, where its media are not in the store yet
         for i, chunk in enumerate(chunks):
             q, k, v = module.project(chunk.hidden, chunk.cos, chunk.sin)
-            attended, lse = extend_attention(q, k, v, *cache.segments(layer))
+            attended, lse = _extended(q, k, v, cache, layer)
             if mass is not None and with_media:
                 asked.append((q[:, chunk.after_media], lse[:, chunk.after_media]))
-            elif mass is not None and len(mass[layer]):
-                mass[layer] += retrieval(q, cache.visual_keys(layer), lse)
+            elif mass is not None:
+                mass.add(layer, q, lse)
             cache.append(layer, k, v, chunk.visual, chunk.num_visual)
             chunk.hidden = module.finish(chunk.hidden, attended)
             if rows is not None:
                 wanted = _wanted_rows(chunk, rows, last=i == len(chunks) - 1)
                 seen.append((q[:, wanted], lse[:, wanted]))
+        if isinstance(pruning, _Eviction):  # before the question is scored: over what it leaves
+            pruning.after(layer, seen)
         if mass is not None and asked:
-            q, lse = _joined(asked)
-            mass[layer] = retrieval(q, cache.visual_keys(layer), lse)
-        if pruning is not None:
+            mass.add(layer, *_joined(asked))
+        if isinstance(pruning, _Pruning):
             pruning.after(layer, chunks, seen)
 
     def _positions(self, parts: Sequence[int | TokenMap], start: int) -> tuple[Tensor, int]:
@@ -301,6 +309,69 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (hidden_size,) of a last token -> (vocab_size,) float32."""
         return self.decoder.logits(hidden[None])[0]
+
+
+class _Mass:
+    """How much the rows of a question look at each entry of the visual stores, layer by layer, chunk by chunk."""
+
+    def __init__(self, cache: KVCache, device: torch.device, *, apart: bool) -> None:
+        self._cache, self._apart = cache, apart
+        # (N,) or (H_kv, N), of N as it is when the layer is first scored: media may come with the question.
+        self._sums: list[Tensor | None] = [None] * cache.num_layers
+        self._device = device
+
+    def add(self, layer: int, q: Tensor, lse: Tensor) -> None:
+        """q (H, M, D) and lse (H, M) of rows behind everything that the visual store holds."""
+        store = self._cache.visual[layer]
+        if store.length == 0:
+            return
+        if store.heads is None:
+            new = retrieval(q, self._cache.visual_keys(layer), lse, per_head=self._apart)
+        else:
+            assert self._apart, "heads that hold different entries are scored each for itself"
+            new = torch.zeros(len(store.heads), store.length, device=self._device)
+            own = zip(q.chunk(len(store.heads)), lse.chunk(len(store.heads)), strict=True)
+            for head, (rows, row_lse) in enumerate(own):
+                k, _ = store.segment_of(head)
+                if k.shape[1]:
+                    new[head, : k.shape[1]] = retrieval(rows, k, row_lse)
+        earlier = self._sums[layer]
+        self._sums[layer] = new if earlier is None else earlier + new
+
+    def means(self, num_heads: int, num_rows: int) -> list[Tensor]:
+        """`Prefilled.scores`."""
+        found = []
+        for store, sums in zip(self._cache.visual, self._sums, strict=True):
+            H_kv = store.k.shape[0]
+            if sums is None:
+                sums = torch.zeros((H_kv, 0) if self._apart else (0,), device=self._device)
+            mean = sums / ((num_heads // H_kv if self._apart else num_heads) * num_rows)
+            for head, length in enumerate(store.heads or ()):
+                mean[head, length:] = -1
+            found.append(mean)
+        return found
+
+
+class _Eviction:
+    """What each key head keeps of one prefill's visual tokens, all of which go through all layers."""
+
+    def __init__(self, cache: KVCache, method: Method, num_visual: int) -> None:
+        self._cache, self._method, self._num_visual = cache, method, num_visual
+        self.stayed: list[HeadSets] = []  # per layer
+
+    def rows_after(self, layer: int) -> Rows:
+        """Which rows of a layer `after` needs."""
+        return "question"
+
+    def after(self, layer: int, seen: list[tuple[Tensor, Tensor]]) -> None:
+        """Evicts from a layer's store; seen: q and lse of the rows behind the media, chunk by chunk."""
+        q, lse = _joined(seen)
+        q, lse = q[:, -self._method.window :], lse[:, -self._method.window :]
+        keys = self._cache.last_visual_keys(layer, self._num_visual)
+        scores = retrieval(q, keys, lse, per_head=True) / (q.shape[0] // len(keys) * q.shape[1])
+        keep = self._method.on_heads(layer, scores)
+        self._cache.evict(layer, self._num_visual, keep)
+        self.stayed.append(tuple(own.cpu() for own in keep))
 
 
 class _Pruning:
@@ -412,6 +483,19 @@ class _Pruning:
     def lag(self) -> tuple[int, ...]:
         """`KVCache.lag` behind this prefill."""
         return tuple(self._lag) if any(self._lag) else ()
+
+
+def _extended(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk over the stores and itself; head by head where key heads hold different numbers."""
+    if not cache.reads_by_head(layer):
+        return extend_attention(q, k, v, *cache.segments(layer))
+    stores = cache.by_head(layer)
+    group = q.shape[0] // len(stores)
+    found = [
+        extend_attention(q[h * group : (h + 1) * group], k[h : h + 1], v[h : h + 1], *own)
+        for h, own in enumerate(stores)
+    ]
+    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
 
 def _joined(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

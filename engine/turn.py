@@ -7,7 +7,7 @@ any token of a question enters. Each step takes a `State` and returns the next; 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ from .config import Chunk, FinishReason, SamplingParams
 from .conversation import MediaItem, Placed, Policy, Record, State, pruned_inside, select
 from .decode_step import Answer
 from .diagnostics import Selection
+from .head_sets import HeadSets, longest
 from .meter import Meter
 from .prompt import encode_pieces
+from .rerotation import StorePositions, check_rerotation, rerotate
 from .runner import Prefilled, Span, TextSpan, VisualSpan
 from .sampler import Sampler
 from .sparsity.base import Method, Survivors
@@ -76,20 +78,26 @@ class TurnDriver:
 
     def _method(self, state: State) -> Method:
         method = make_method(self._policy.of_all(state.media))
-        return method.at_depth(self._engine.model.decoder.config.num_layers)
+        config = self._engine.model.decoder.config
+        if method.rerotate and method.scores_turn:
+            check_rerotation(config)
+        return method.at_depth(config.num_layers)
 
     def _media_spans(self, state: State) -> tuple[list[Span], list[Placed]]:
         spans: list[Span] = []
         placed = []
+        start = self._cache.next_position
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
             spans.append(TextSpan(ids))
+            start += len(ids)
             method = self._policy.method(item.kind)
             tokens = self._encoded(item, method)
             survivors = method.on_vision(tokens, item.kind)
             if survivors is None:
                 survivors = Survivors(tokens, torch.arange(len(tokens)))
-            placed.append(Placed(tokens, survivors))
+            placed.append(Placed(tokens, survivors, start=start))
             spans.append(VisualSpan(survivors.tokens))
+            start += len(survivors.tokens)
         return spans, placed
 
     def _encoded(self, item: MediaItem, method: Method) -> VisualTokens:
@@ -178,14 +186,56 @@ class TurnDriver:
         active = None
         if scores is not None:
             with self._engine.device_work(), self._meter.timed("retrieval"), torch.inference_mode():
-                if bool(torch.stack([layer.isfinite().all() for layer in scores]).all()):  # one wait for all layers
-                    active = self._method(state).on_turn(scores)
-                else:
-                    warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=2)
-                if active is not None:
-                    self._engine.reserve(self._cache, active=[len(layer) for layer in active])
-                    self._cache.activate(active)
+                active = self._activate(state, scores)
         return select(state.placed, scores, active)
+
+    def _activate(self, state: State, scores: Sequence[Tensor]) -> Sequence[HeadSets] | None:
+        """Ranks the visual store and compacts what may be read from now on into the active set; None: all may be."""
+        if not bool(torch.stack([layer.isfinite().all() for layer in scores]).all()):  # one wait for all layers
+            warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=3)
+            return None
+        method = self._method(state)
+        active = method.on_turn_with(scores, lambda: self._saliency(state.placed))
+        if active is not None:
+            self._engine.reserve(self._cache, active=[longest(sets) for sets in active])
+            self._cache.activate(active)
+            if method.rerotate:
+                rerotate(self._cache, active, self._positions(state.placed), self._engine.model.decoder.config)
+        return active
+
+    def _refreshed(self, state: State, ids: Sequence[int]) -> Prefilled:
+        """Ranks the visual store afresh in the middle of an answer, by the last of its tokens.
+
+        ids: those tokens, all but the last of which are in the cache. They are prefilled again, over the whole visual
+        store, as a question is; so the token behind them is chosen by a dense pass, as the first of an answer is.
+        """
+        with self._engine.device_work(), self._meter.timed("refresh"), torch.inference_mode():
+            self._cache.forget_text(len(ids) - 1)
+            self._cache.deactivate()
+            span = TextSpan(tuple(ids))
+            prefilled = self._run([span], self._method(state), score=True, progress=lambda _: self._check())
+            assert prefilled.scores is not None, "a refresh is scored"
+            self._activate(state, prefilled.scores)
+        return prefilled
+
+    def _refreshes_every(self, state: State) -> int:
+        """Tokens of an answer after which it is ranked afresh; 0: never, as where nothing is sparse."""
+        return self._method(state).refresh if self._cache.sparse else 0
+
+    def _saliency(self, placed: Sequence[Placed]) -> Tensor:
+        """How much the encoder looks at each entry of the visual store, (N,) float32."""
+        found = []
+        for item in placed:
+            tokens = item.survivors.tokens
+            assert tokens.saliency is not None, "the encoder gave no saliency"
+            found.append(tokens.saliency.cpu()[~tokens.token_map.structural])
+        return torch.cat(found).to(self._engine.runner.device)
+
+    def _positions(self, placed: Sequence[Placed]) -> StorePositions:
+        """Of every entry of the visual store, where positions have one axis."""
+        device = self._engine.runner.device
+        maps = [(item.start, item.survivors.tokens.token_map) for item in placed]
+        return StorePositions.of([start + torch.nonzero(~m.structural)[:, 0].to(device) for start, m in maps])
 
     def _prefill(
         self, spans: list[Span], method: Method, *, score: bool = False, progress: ProgressFn | None = None
@@ -199,12 +249,14 @@ class TurnDriver:
                 hint="raise the prefill sparsity, or clear the conversation",
             )
         self._engine.reserve(self._cache, visual=visual, text=total - visual)
-        held = self._cache.entries()
         with self._engine.device_work(), self._meter.timed("prefill"):
-            prefilled = self._engine.runner.prefill(
-                self._cache, spans, method=method, score=score, progress=progress or self.progress
-            )
+            prefilled = self._run(spans, method, score=score, progress=progress or self.progress)
         self._meter.add("prompt_tokens", total)
+        return prefilled
+
+    def _run(self, spans: list[Span], method: Method, *, score: bool, progress: ProgressFn) -> Prefilled:
+        held = self._cache.entries()
+        prefilled = self._engine.runner.prefill(self._cache, spans, method=method, score=score, progress=progress)
         self._meter.add("layer_tokens", sum(prefilled.layer_tokens) / len(prefilled.layer_tokens))
         pairs = [n * before + n * (n + 1) // 2 for n, before in zip(prefilled.layer_tokens, held, strict=True)]
         self._meter.add("layer_pairs", sum(pairs) / len(pairs))
@@ -212,16 +264,13 @@ class TurnDriver:
 
     # The answer
 
-    def decode(self, prefilled: Prefilled, params: SamplingParams, stream: TextStream) -> Iterator[Chunk]:
+    def decode(self, asked: State, prefilled: Prefilled, params: SamplingParams, stream: TextStream) -> Iterator[Chunk]:
         """Yields the answer token by token; the last chunk of all has the reason, and no stats yet."""
         engine, cache = self._engine, self._cache
-        sampler = Sampler(params)
         limit = min(params.max_new_tokens, engine.max_context - self._closing_len() - cache.next_position)
         engine.reserve(cache, text=limit + self._closing_len())  # what comes after the last token may not fail either
-        answer = engine.runner.answer(cache, prefilled.hidden, sampler, limit)
         reason: FinishReason | None = None
-        for index in range(limit):
-            token = self._next(answer)
+        for index, token in enumerate(self._tokens(asked, prefilled, Sampler(params), limit)):
             ends = token in engine.tokenizer.eos_ids
             self._meter.token(is_text=not ends)
             if ends:
@@ -235,6 +284,22 @@ class TurnDriver:
             if index < limit - 1:
                 self._check()
         yield Chunk(stream.flush(), None, index, reason or "length")
+
+    def _tokens(self, asked: State, prefilled: Prefilled, sampler: Sampler, limit: int) -> Iterator[int]:
+        """The tokens of an answer, at most `limit`, in one piece or refreshed between pieces.
+
+        A piece never runs ahead of its end, so between two of them the cache lacks its last token alone.
+        """
+        every = self._refreshes_every(asked) or limit
+        for start in range(0, limit, every):
+            count = min(every, limit - start)
+            answer = self._engine.runner.answer(self._cache, prefilled.hidden, sampler, count)
+            ids = []
+            for _ in range(count):
+                ids.append(self._next(answer))
+                yield ids[-1]
+            if start + count < limit:
+                prefilled = self._refreshed(asked, ids)
 
     def _next(self, answer: Answer) -> int:
         before = answer.warmup_s
@@ -250,6 +315,16 @@ class TurnDriver:
     def _step(self, token: int) -> Tensor:
         with self._engine.device_work():
             return self._engine.runner.decode(self._cache, token)
+
+    def _fed(self, asked: State, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Feeds tokens as if they had been chosen, refreshed where an answer would be: the logits (V,) behind each."""
+        every = self._refreshes_every(asked)
+        for count, token in enumerate(ids, start=1):
+            self._check()
+            if every and count % every == 0:
+                yield self._first_logits(self._refreshed(asked, ids[count - every : count]))
+            else:
+                yield self._step(token)
 
     def decode_twice(
         self, asked: State, prefilled: Prefilled, max_new_tokens: int
@@ -270,7 +345,7 @@ class TurnDriver:
             ids.append(int(dense[-1].argmax()))
         cache.restore(mark)
         self.retrieve(asked, prefilled.scores)
-        return ids, dense, [self._step(token) for token in ids[: len(dense)]]
+        return ids, dense, list(self._fed(asked, ids[: len(dense)]))
 
     def rate(self, asked: State, prefilled: Prefilled, answer: str) -> tuple[list[int], list[Tensor]]:
         """Feeds a given answer to the path that would have decoded one.
@@ -284,11 +359,7 @@ class TurnDriver:
             raise ContextTooLong(f"the answer needs {len(ids)} positions, the context has {room} left")
         engine.reserve(cache, text=len(ids))
         self.retrieve(asked, prefilled.scores)
-        logits = [self._first_logits(prefilled)]
-        for token in ids[:-1]:
-            self._check()
-            logits.append(self._step(token))
-        return ids, logits
+        return ids, [self._first_logits(prefilled), *self._fed(asked, ids[:-1])]
 
     def remember(
         self,

@@ -18,6 +18,7 @@ from ...errors import InvalidRequest
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
+from ..head_sets import HeadSets
 
 # Which rows of the prompt a method wants scored in a layer's prefill: the last one, all after the last visual token, or
 # those of them that `raters` chose. "before" is the last one too, by the projections of the layer before it has run:
@@ -123,11 +124,34 @@ class Method:
         """
         return hidden[:0], torch.empty(0, dtype=torch.int64)
 
-    def on_turn(self, scores: Sequence[Tensor]) -> list[Tensor] | None:
-        """What this turn may read: scores (N,) float32 per layer -> ascending indices, None for all."""
+    @property
+    def window(self) -> int:
+        """How many of the last rows behind the media `on_heads` needs, at most; 0: it is not asked."""
+        return 0
+
+    def on_heads(self, layer: int, scores: Tensor) -> Sequence[Tensor]:
+        """What each key head keeps of one prefill's visual tokens at a layer, for good; all go on to the next layer.
+
+        scores (H_kv, N) float32: mean attention of those rows to each visual token of this prefill, over the query
+        heads of a key head. Returns ascending indices (k_h,), at least one, for each head. Such a method needs the
+        question.
+        """
+        return [torch.arange(scores.shape[1], device=scores.device)] * len(scores)
+
+    @property
+    def scores_per_head(self) -> bool:
+        """Whether `on_turn` wants the scores of each key head by itself."""
+        return False
+
+    def on_turn(self, scores: Sequence[Tensor]) -> Sequence[HeadSets] | None:
+        """What this turn may read, per layer: ascending indices, None for all.
+
+        scores, per layer float32: (N,) -> (k,), shared by the key heads. With `scores_per_head` (H_kv, N), -1 where a
+        head has no such entry -> also (H_kv, k), or H_kv times (k_h,), at least one.
+        """
         return None
 
-    def on_turn_with(self, scores: Sequence[Tensor], saliency: Callable[[], Tensor]) -> list[Tensor] | None:
+    def on_turn_with(self, scores: Sequence[Tensor], saliency: Callable[[], Tensor]) -> Sequence[HeadSets] | None:
         """`on_turn`, for a method that also wants how much the encoder looks at each entry: saliency() (N,) float32."""
         return self.on_turn(scores)
 

@@ -20,7 +20,7 @@ from .base import Method, Survivors, keep_count
 from .budgets import by_mass
 from .diversity import diverse
 
-RETRIEVAL_SWITCHES = frozenset({"budgets", "score_layers", "sinks", "refresh", "rerotate"})
+RETRIEVAL_SWITCHES = frozenset({"budgets", "score_layers", "sets", "sinks", "refresh", "rerotate"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SparseVILA(Method):
     _: KW_ONLY
     budgets: Literal["equal", "mass"] = "equal"
     score_layers: Literal["own", "middle"] = "own"
+    sets: Literal["shared", "per_kv_head"] = "shared"
     sinks: int = 0
     refresh: int = 0
     diversity: float = 0.0
@@ -48,6 +49,10 @@ class SparseVILA(Method):
     @property
     def scores_turn(self) -> bool:
         return self.decode > 0
+
+    @property
+    def scores_per_head(self) -> bool:
+        return self.sets == "per_kv_head"
 
     def _groups(self, token_map: TokenMap, kind: MediaKind) -> list[Tensor]:
         """Indices of the tokens that compete with each other; structural tokens do not compete."""
@@ -95,29 +100,34 @@ class SparseVILA(Method):
     def on_turn_with(self, scores: Sequence[Tensor], saliency: Callable[[], Tensor]) -> list[Tensor] | None:
         if self.decode == 0 or self.sinks == 0:
             return self.on_turn(scores)
-        pinned = min(self.sinks, *(keep_count(len(layer), self.decode) for layer in scores))
+        pinned = min(self.sinks, *(keep_count(layer.shape[-1], self.decode) for layer in scores))
         return self._retrieved(scores, top_k(saliency()[None], pinned)[0])
 
     def _retrieved(self, scores: Sequence[Tensor], pinned: Tensor | None) -> list[Tensor] | None:
-        """The best of each layer, those that are pinned first."""
+        """The best of each layer or, of scores (H_kv, N), of each of its key heads; those that are pinned first."""
         if self.decode == 0:
             return None
         scores = self._turn_merit(scores)
         if self.score_layers == "middle":
             scores = middle(scores)
-        counts = [keep_count(len(layer), self.decode) for layer in scores]
+        counts = [keep_count(layer.shape[-1], self.decode) for layer in scores]
         if self.budgets == "mass":
-            counts = by_mass(scores, counts, pinned)
+            counts = by_mass([layer.mean(dim=0) if layer.ndim == 2 else layer for layer in scores], counts, pinned)
         if pinned is not None:
-            scores = [layer.index_fill(0, pinned, torch.inf) for layer in scores]
-        sizes = {(len(layer), count) for layer, count in zip(scores, counts, strict=True)}
+            scores = [layer.index_fill(-1, pinned, torch.inf) for layer in scores]
+        sizes = {(layer.shape, count) for layer, count in zip(scores, counts, strict=True)}
         if len(sizes) == 1:  # all layers in one call
-            return list(top_k(torch.stack(list(scores)), counts[0]))
-        return [top_k(layer[None], count)[0] for layer, count in zip(scores, counts, strict=True)]
+            return list(_best(torch.stack(list(scores)), counts[0]))
+        return [_best(layer, count) for layer, count in zip(scores, counts, strict=True)]
 
     def _turn_merit(self, scores: Sequence[Tensor]) -> Sequence[Tensor]:
         """What a turn ranks by, (N,) float32 per layer: the scores themselves."""
         return scores
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """(..., N) -> indices (..., count), ascending."""
+    return top_k(scores.reshape(-1, scores.shape[-1]), count).reshape(*scores.shape[:-1], count)
 
 
 def middle(scores: Sequence[Tensor]) -> list[Tensor]:
