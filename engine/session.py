@@ -29,7 +29,7 @@ from .prompt import check_text
 from .shortage import out_of_memory, shortage
 from .shrink import shrunk
 from .sparsity.base import Method, keep_count
-from .sparsity.registry import make_method
+from .sparsity.registry import make_method, without_retrieval
 from .streaming import TextStream
 from .turn import TurnDriver
 
@@ -82,7 +82,7 @@ class Session:
         """The policy in force; where none was set, the default of the media at hand.
 
         A new `prefill` or method prefills the media again at the next turn, from the encoder's features; a new `decode`
-        acts at the next turn.
+        and the switches of retrieval act at the next turn.
         """
         return self._policy.of_all(self._state.media)
 
@@ -94,7 +94,7 @@ class Session:
             old, new = self._policy, Policy(value, self._engine.auto)
             self._policy = new
             kinds = {item.kind for item in self._state.media}
-            if any(replace(old.of_kind(k), decode=0.0) != replace(new.of_kind(k), decode=0.0) for k in kinds):
+            if any(without_retrieval(old.of_kind(k)) != without_retrieval(new.of_kind(k)) for k in kinds):
                 self._make_stale(self._state)
 
     @property
@@ -468,7 +468,7 @@ class Session:
         self._note_visual(meter, asked)
         stream = TextStream(self._engine.tokenizer, params.stop)
         shown, ids, last = [], [], None
-        for chunk in driver.decode(prefilled, params, stream):
+        for chunk in driver.decode(asked, prefilled, params, stream):
             shown.append(chunk.text)
             if chunk.finish_reason is not None:
                 last = chunk

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 from ...errors import InvalidRequest
 from ...models.interface import MediaKind
 from ..config import Sparsity
@@ -12,7 +15,8 @@ from .fastv import FastV
 from .pdrop import PDrop
 from .prumerge import PruMerge, PruMergePlus
 from .random import RandomTokens
-from .sparsevila import SparseVILA
+from .sparsemm import SparseMM
+from .sparsevila import RETRIEVAL_SWITCHES, SparseVILA
 from .sparsevlm import SparseVLM, SparseVLMPlus
 from .visionzip import VisionZip
 
@@ -24,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "pdrop": PDrop,
     "sparsevlm": SparseVLM,
     "sparsevlm+": SparseVLMPlus,
+    "sparsemm": SparseMM,
     "visionzip": VisionZip,
     "prumerge": PruMerge,
     "prumerge+": PruMergePlus,
@@ -41,6 +46,12 @@ LONG_VIDEO_FRAMES = 128  # by default, at least, of such a model
 def auto_sparsity(default_frames: int) -> dict[MediaKind, Sparsity]:
     """The table for a model that takes so many frames of a video by default."""
     return AUTO if default_frames < LONG_VIDEO_FRAMES else {**AUTO, "video": LONG_VIDEO}
+
+
+def without_retrieval(sparsity: Sparsity | Method) -> Sparsity | Method:
+    """What of a policy decides what the cache holds: all but `decode` and the switches that act on retrieval alone."""
+    off: dict[str, Any] = {row.name: row.default for row in fields(sparsity) if row.name in RETRIEVAL_SWITCHES}
+    return replace(sparsity, decode=0.0, **off)
 
 
 def make_method(sparsity: Sparsity | Method) -> Method:
