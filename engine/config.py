@@ -110,6 +110,8 @@ class Sparsity:
     sinks: int = 0  # entries that every turn reads, whatever it asks: those the encoder looks at most
     refresh: int = 0  # tokens of an answer after which its entries are ranked afresh; 0: never
     diversity: float = 0.0  # 0 to 1: how much likeness to what is already kept counts against a token in prefill
+    # Of `sparsemm`: how well each attention head sees, a file; None: the one beside the checkpoint (`head_scores.py`).
+    head_scores: str | None = None
     rerotate: bool = False  # whether what a turn reads moves up to contiguous positions
 
     def __post_init__(self) -> None:
@@ -136,6 +138,8 @@ class Sparsity:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidRequest(f"{name}: expected a whole number of at least 0, got {value!r}")
+        if self.head_scores is not None and not (isinstance(self.head_scores, str) and self.head_scores):
+            raise InvalidRequest(f"head_scores: expected the path of a file, got {self.head_scores!r}")
         _finite("diversity", self.diversity)
         if not 0 <= self.diversity <= 1:
             raise InvalidRequest(f"diversity: expected 0 <= x <= 1, got {self.diversity}")

@@ -25,6 +25,7 @@ from ..quant.plan import scheme_name
 from .cache import KVCache
 from .config import EngineInfo, Image, SamplingParams, Sparsity, Video
 from .conversation import MediaItem
+from .head_scores import HEAD_SCORES, HeadScores, read_head_scores
 from .hub import resolve
 from .meter import Meter
 from .prompt import check_media_tokens
@@ -67,6 +68,7 @@ class Engine:
         self._max_memory_bytes = max_memory_bytes
         self._features: OrderedDict[str, VisualTokens] = OrderedDict()
         self._caches: WeakSet[KVCache] = WeakSet()
+        self._head_scores: dict[str | None, HeadScores] = {}
 
     @staticmethod
     def load(
@@ -262,6 +264,18 @@ class Engine:
             self._features.move_to_end(key)
             self._trim_features()
         return replace(known, token_map=known.token_map.with_media(item.number))
+
+    def head_scores(self, path: str | None) -> HeadScores:
+        """How well each attention head sees, from this file or the one beside the checkpoint; read once.
+
+        Raises InvalidRequest where there is none, CorruptCheckpoint where it is not of this decoder.
+        """
+        if path not in self._head_scores:
+            config = self.model.decoder.config
+            file = Path(self.info.folder) / HEAD_SCORES if path is None else Path(path)
+            found = read_head_scores(file, num_layers=config.num_layers, num_heads=config.num_heads)
+            self._head_scores[path] = found
+        return self._head_scores[path]
 
     def _feature_bytes(self) -> int:
         held = [t for tokens in self._features.values() for t in (tokens.features, tokens.keys) if t is not None]

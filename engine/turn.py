@@ -81,7 +81,10 @@ class TurnDriver:
         config = self._engine.model.decoder.config
         if method.rerotate and method.scores_turn:
             check_rerotation(config)
-        return method.at_depth(config.num_layers)
+        method = method.at_depth(config.num_layers)
+        if not method.needs_head_scores:
+            return method
+        return method.with_head_scores(self._engine.head_scores(method.head_scores_file), config.num_kv_heads)
 
     def _media_spans(self, state: State) -> tuple[list[Span], list[Placed]]:
         spans: list[Span] = []

@@ -18,6 +18,7 @@ from ...errors import InvalidRequest
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
 from ..config import Sparsity
+from ..head_scores import HeadScores
 from ..head_sets import HeadSets
 
 # Which rows of the prompt a method wants scored in a layer's prefill: the last one, all after the last visual token, or
@@ -123,6 +124,20 @@ class Method:
         and, no two alike, (m,) int64: the dropped token that each stands for in reports.
         """
         return hidden[:0], torch.empty(0, dtype=torch.int64)
+
+    @property
+    def needs_head_scores(self) -> bool:
+        """Whether it needs to know how well each attention head sees (`engine/head_scores.py`)."""
+        return False
+
+    @property
+    def head_scores_file(self) -> str | None:
+        """Where those scores are; None: beside the checkpoint."""
+        return None
+
+    def with_head_scores(self, scores: HeadScores, num_kv_heads: int) -> Method:
+        """The method with the scores of every layer's query heads."""
+        return self
 
     @property
     def window(self) -> int:
