@@ -16,6 +16,7 @@ from world.video import psnr, write_h264
 from sparsevila import Engine, Image, InvalidRequest, Result, SamplingParams, Session, Sparsity, Video
 from sparsevila.engine.media import load_media
 from sparsevila.engine.sparsity.registry import make_method
+from sparsevila.engine.switches import parse_switches, write_switches
 
 ProtocolName = Literal["single", "history", "eviction"]
 PictureName = Literal["own", "wrong", "none"]
@@ -31,28 +32,31 @@ CLIP_SCALE, CLIP_CRF, CLIP_FPS = 1, 0, 4
 
 @dataclass(frozen=True)
 class Setting:
-    """A sparsity policy by name: `dense`, `METHOD:PREFILL/DECODE`, or `METHOD:PREFILL/DECODE:global`."""
+    """A sparsity policy by name: `dense`, or `METHOD:PREFILL/DECODE[:SWITCH[,SWITCH...]]`.
+
+    A switch is `global` or `NAME=VALUE` (`engine/switches.py`). The name has those that are on, in one order.
+    """
 
     name: str
     sparsity: Sparsity
 
     @staticmethod
     def parse(text: str) -> Setting:
-        """Raises ValueError with the form that is expected, or what is wrong with a method or a fraction."""
+        """Raises ValueError with the form that is expected, or what is wrong with a method, a fraction or a switch."""
         if text == "dense":
             return Setting(text, Sparsity(method="dense"))
         try:
-            method, fractions, *scope = text.split(":")
+            method, fractions, *switches = text.split(":")
             prefill, decode = map(float, fractions.split("/"))
-            (ranked,) = scope or ["per_frame"]
+            (named,) = switches or [""]
         except ValueError:
-            raise ValueError(f"expected dense or METHOD:PREFILL/DECODE[:SCOPE], got {text!r}") from None
+            raise ValueError(f"expected dense or METHOD:PREFILL/DECODE[:SWITCH[,SWITCH...]], got {text!r}") from None
         try:
-            sparsity = Sparsity(prefill, decode, method, ranked)  # type: ignore[arg-type]
+            sparsity = Sparsity(prefill, decode, method, **(parse_switches(named) if switches else {}))
             make_method(sparsity)
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
-        return Setting(f"{method}:{prefill:g}/{decode:g}" + (f":{ranked}" if scope else ""), sparsity)
+        return Setting(":".join(filter(None, (method, f"{prefill:g}/{decode:g}", write_switches(sparsity)))), sparsity)
 
     @property
     def needs_question(self) -> bool:

@@ -52,11 +52,22 @@ class TestSetting:
         assert Setting.parse("sparsevila:0.60/.75") == Setting("sparsevila:0.6/0.75", Sparsity(0.6, 0.75))
         assert Setting.parse("random:0/0.9:global").sparsity == Sparsity(0, 0.9, "random", "global")
 
+    def test_switches_have_one_name_whatever_way_they_are_written(self):
+        policy = Sparsity(0.6, 0.75, scope="global", budgets="mass", diversity=0.5, rerotate=True)
+        for text in ("global,budgets=mass,diversity=0.5,rerotate=on", "rerotate=on,diversity=.50,sinks=0,budgets=mass,"
+                     "scope=global"):  # fmt: skip
+            setting = Setting.parse(f"sparsevila:0.6/0.75:{text}")
+            assert setting == Setting("sparsevila:0.6/0.75:global,budgets=mass,diversity=0.5,rerotate=on", policy)
+            assert Setting.parse(setting.name) == setting
+        assert Setting.parse("sparsevila:0.6/0.75:sinks=0,scope=per_frame").name == "sparsevila:0.6/0.75"
+
     @pytest.mark.parametrize(
         ("text", "what"),
         [("sparsevila", "METHOD:PREFILL/DECODE"), ("sparsevila:0.5", "METHOD:PREFILL/DECODE"),
          ("dense:0.1/0.1:global:x", "METHOD:PREFILL/DECODE"), ("magic:0.1/0.1", "dense, sparsevila, random"),
-         ("random:1/0", "0 <= x < 1"), ("random:0.1/0.1:frame", "per_frame")],
+         ("random:1/0", "0 <= x < 1"), ("random:0.1/0.1:frame", "NAME=VALUE"), ("random:0.1/0.1:", "NAME=VALUE"),
+         ("random:0.1/0.1:scope=frame", "per_frame"), ("random:0.1/0.1:sinks=2", "method random"),
+         ("sparsevila:0.1/0.1:sinks=x", "whole number"), ("fastv:0.1/0.1:global", "method fastv")],
     )  # fmt: skip
     def test_what_is_wrong_is_said(self, text, what):
         with pytest.raises(ValueError, match=what):
