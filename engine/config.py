@@ -163,8 +163,8 @@ class Stats:
     prompt_tokens: int = 0  # prefilled in this turn
     cached_tokens: int = 0  # found in the cache
     visual_tokens_total: int = 0  # the encoder's
-    visual_tokens_kept: int = 0  # in the visual store
-    visual_tokens_active: float = 0.0  # read per decode step, mean over layers
+    visual_tokens_kept: int = 0  # in the visual store, of the layer and key head that has most
+    visual_tokens_active: float = 0.0  # read per decode step, mean over layers and key heads
     structural_tokens: int = 0
     layer_tokens: float = 0.0  # prefilled in this turn, mean over the decoder's layers
     layer_pairs: float = 0.0  # pairs of a token prefilled in this turn and one that it attends to, mean over layers

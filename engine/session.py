@@ -492,7 +492,7 @@ class Session:
         active = self._cache.active_lens()
         meter.note(
             visual_tokens_total=sum(item.token_map.num_visual for item in state.media),
-            visual_tokens_kept=self._cache.visual_lens()[0],
+            visual_tokens_kept=max(self._cache.visual_lens()),
             visual_tokens_active=sum(active) / len(active),
             structural_tokens=structural,
             kv_read_bytes=self._cache.read_bytes(),

@@ -20,6 +20,7 @@ FILES = {
     "NOTE.md",
     "config.json",
     "generation_config.json",
+    "head_scores.json",
     "model.safetensors",
     "preprocessor_config.json",
     "processor_config.json",
