@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Closed, EngineDead, InvalidRequest, SparseVILAError
 from . import commands, terminal
 from .config import Attachment, EngineInfo, FinishReason, Image, Sparsity, Stats, Video
+from .switches import parse_switches, write_switches
 
 if TYPE_CHECKING:
     from ..models.interface import Progress
@@ -179,7 +180,8 @@ class Chat:
     def _policy(self, settings: commands.Settings) -> Sparsity | None:
         """The sparsity to ask for; None leaves all of it to the engine."""
         prefill, decode = settings.prefill_sparsity, settings.decode_sparsity
-        if prefill is None and decode is None and settings.method == Sparsity.method:
+        switches = parse_switches(",".join(settings.switch)) if settings.switch else {}
+        if prefill is None and decode is None and settings.method == Sparsity.method and not switches:
             return None
         has_video = any(a.kind == "video" for a in self._session.media)
         auto = self._engine.default_sparsity("video" if has_video else "image")
@@ -188,6 +190,7 @@ class Chat:
             prefill=auto.prefill if prefill is None else prefill,
             decode=auto.decode if decode is None else decode,
             method=settings.method,
+            **switches,
         )
 
     # -- slash commands, by name
@@ -300,9 +303,12 @@ def describe_attachment(item: Attachment) -> list[str]:
 
 
 def describe_sparsity(sparsity: Sparsity | Method) -> str:
-    """The effective policy in words."""
-    name = sparsity.method if isinstance(sparsity, Sparsity) else type(sparsity).__name__
-    return f"sparsity: {sparsity.prefill:.0%} pruned, {sparsity.decode:.0%} of the rest not read ({name})"
+    """The effective policy in words, with the switches that are on."""
+    shares = f"sparsity: {sparsity.prefill:.0%} pruned, {sparsity.decode:.0%} of the rest not read"
+    if not isinstance(sparsity, Sparsity):
+        return f"{shares} ({type(sparsity).__name__})"
+    on = write_switches(sparsity)
+    return f"{shares} ({sparsity.method}{' with ' + on if on else ''})"
 
 
 def describe_model(info: EngineInfo) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from ..errors import InvalidRequest
 from .config import Image, SamplingParams, Sparsity, Video
+from .switches import SWITCHES, parse_switches
 
 MAX_CHAT_SPARSITY = 0.95  # the API takes anything below 1; a person who types 0.99 has mistaken the direction
 
@@ -64,6 +65,12 @@ def parse_float(text: str) -> float:
         raise InvalidRequest(f"expected a number, got {text!r}") from None
 
 
+def parse_policy(text: str) -> str:
+    """`NAME=VALUE[,NAME=VALUE...]` of a policy's switches, as it stands once it can be read."""
+    parse_switches(text)
+    return text
+
+
 def parse_switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise InvalidRequest(f"expected on or off, got {text!r}")
@@ -82,6 +89,7 @@ class Settings:
     prefill_sparsity: float | None = None  # None: the default of the model and the media kind
     decode_sparsity: float | None = None
     method: str = Sparsity.method
+    switch: tuple[str, ...] = ()  # as `parse_switches` reads them
 
 
 Owner = Literal["params", "video", "sparsity"]
@@ -118,6 +126,7 @@ OPTIONS = (
     Option("prefill_sparsity", "sparsity", parse_sparsity, "auto|X", "share of visual tokens pruned before prefill"),
     Option("decode_sparsity", "sparsity", parse_sparsity, "auto|X", "share of kept visual tokens not read per answer"),
     Option("method", "sparsity", str, "NAME", "sparsity method"),
+    Option("switch", "sparsity", parse_policy, "NAME=VALUE", f"of the method: {', '.join(SWITCHES)}", repeat=True),
 )
 
 

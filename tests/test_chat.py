@@ -83,6 +83,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         (["--prefill-sparsity", "1.0"], 2),
         (["--decode-sparsity", "nan"], 2),
         (["--method", "magic"], 2),
+        (["--switch", "magic=1"], 2),
+        (["--switch", "sinks=-1"], 2),
+        (["--switch", "sinks=1", "--switch", "sinks=2"], 2),
         (["--temperature", "-1"], 2),
         (["--ctx", "many"], 2),
         (["--system", "@gone.txt"], 2),
@@ -229,6 +232,11 @@ def test_flags_reach_the_engine(run: Any, clip: str, tmp_path: Path) -> None:
         (["--prefill-sparsity", "0.3"], Sparsity(0.3, 0.75)),
         (["--prefill-sparsity", "0.3", "--video", "clip.mp4"], Sparsity(0.3, 0.8)),
         (["--decode-sparsity", "0.95", "--method", "fastv"], Sparsity(0.6, 0.95, "fastv")),
+        (
+            ["--switch", "global", "--switch", "sinks=2,refresh=9"],
+            Sparsity(0.6, 0.75, scope="global", sinks=2, refresh=9),
+        ),
+        (["--switch", "sinks=0"], Sparsity(0.6, 0.75)),
     ],
 )
 def test_sparsity_flags(flags: list[str], wanted: Sparsity | None, run: Any, clip: str) -> None:
@@ -486,6 +494,12 @@ def test_sparsity_command(clip: str) -> None:
     talk.type("/sparsity 0.2 auto", "/video clip.mp4")
     assert talk.session.wanted == Sparsity(0.2, 0.8)
     talk.type("/sparsity auto")
+    assert talk.session.wanted is None
+    talk.type("/set switch budgets=mass,diversity=0.5", "/sparsity")
+    assert talk.session.wanted == Sparsity(0.5, 0.8, budgets="mass", diversity=0.5)
+    assert "not read (sparsevila with budgets=mass,diversity=0.5)" in talk.err.getvalue()
+    talk.type("/set switch sinks=-1", "/set switch default")
+    assert talk.err.getvalue().count("error:") == 4
     assert talk.session.wanted is None
 
 

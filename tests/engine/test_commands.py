@@ -71,6 +71,7 @@ def test_flags_and_set_give_the_same_settings() -> None:
         "prefill_sparsity": "0.5",
         "decode_sparsity": "auto",
         "method": "fastv",
+        "switch": "sinks=2,rerotate=on",
     }
     parser = argparse.ArgumentParser()
     commands.add_options(parser, ("params", "video", "sparsity"))
@@ -83,6 +84,7 @@ def test_flags_and_set_give_the_same_settings() -> None:
     assert by_flags == by_set
     assert by_set.video == Video("", frames=8, start=60.0, end=70.0, strict=True)
     assert by_set.params.stop == ("END",)
+    assert by_set.switch == ("sinks=2,rerotate=on",)
 
 
 def test_set_default_and_contradictions() -> None:
