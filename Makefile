@@ -6,6 +6,7 @@
 # make gpu     check every kernel on the GPU at hand, then time it beside its peers
 # make check   lint, format, types, layering
 # make test    all tests; ARGS="-k chat" and so on
+# make results docs/results.md, its plots and the README's table, from the JSON in benchmarks/results
 # make size    the longest functions and files
 # make clean   remove what the above made, .venv included
 
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TYPED := $(VENV)/typed/sparsevila
 
-.PHONY: demo chat install check test test-kernels aot gpu size clean
+.PHONY: demo chat install check test test-kernels aot gpu results size clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
@@ -54,6 +55,9 @@ aot: $(VENV)/test.stamp
 
 gpu: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/kernels/gpu.py $(ARGS)
+
+results: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/report/page.py $(ARGS)
 
 size:
 	$(PYTHON) .ci/size.py

@@ -59,7 +59,7 @@ METHODS = (
 OURS = "sparsevila"  # what the others are compared with
 STEPS = 1000  # prefill sparsities are looked for in so many parts
 TOLERANCE = 0.02  # of the budget, by which the most that a method can do may miss it
-TIMED = (0, 250, 500, 700, 850, 950)  # thousandths whose seconds are measured; between them, straight lines
+TIMED = (0, 300, 600, 800, 950)  # thousandths whose seconds are measured; between them, straight lines
 DENSE = Setting.parse("dense")
 
 
@@ -305,6 +305,7 @@ def compared(
                 row["figure"] = None
             if one.setting:
                 parts = parts_of(Setting.parse(one.setting), answered, protocols)
+                row["asked_as_dialogue"] = f"{one.setting} eviction own" in answered
                 row["answers"] = {name: share_row(some) for name, some in parts.items()}
                 row["against_ours"] = {
                     name: difference_row(some, against[name]) for name, some in parts.items() if against

@@ -1,0 +1,90 @@
+"""Prefill sparsity alone, decode sparsity alone and both, at the same end-to-end time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from report.drawing import COLOURS, drawn
+from report.markdown import figure, interval, percent, points, table
+from report.measured import Row, command_of, read
+
+SOURCE = "decoupling_demo.json"
+COMMAND = (
+    "python benchmarks/accuracy/decoupling.py --model demo --processes 2 --out benchmarks/results/decoupling_demo.json"
+)
+STAGES = ("encode", "prefill", "retrieval", "decode")
+SLACK = 1.001  # for figures of six digits
+
+
+def section(results: Path, figures: Path) -> str:
+    data = read(results, SOURCE, COMMAND)
+    rows = data["rows"]
+    _draw(rows, figures / "decoupling.png")
+    missed = [row for row in rows if not row["met"]]
+    lead = (
+        f"Clips of 32 frames and their long questions ({data['timed_clips']} clips timed, one thread, the fastest of "
+        f"{data['arguments']['rounds']} rounds); right answers of {data['questions']} questions about "
+        f"{data['arguments']['clips']} such clips, each by itself. Gains are dense over the setting: of encoder and "
+        "prefill, of retrieval and decode, and end to end."
+    )
+    head = (
+        "", "setting", "encode, ms", "prefill", "retrieval", "decode", "end to end", "gain of prefill", "of decode",
+        "end to end", "right, %", "facts of lists, %", "against both",
+    )  # fmt: skip
+    made = table(head, [_line(row, rows[0]) for row in rows])
+    notes = [_cannot(row, rows) for row in missed]
+    text = [f"## Prefill, decode and both at the same time\n\n{lead}", made, *notes]
+    text.append(figure("decoupling.png", "Seconds by stage: dense, prefill alone, decode alone, both"))
+    return "\n\n".join([*text, command_of(data)])
+
+
+def gains(dense: dict[str, float], sparse: dict[str, float]) -> dict[str, float]:
+    """Dense over sparse: of encoder and prefill, of retrieval and decode, end to end.
+
+    dense, sparse: seconds by stage and `total`. Raises ValueError where the end-to-end gain does not lie between those
+    of its parts: then a stage is missing.
+    """
+    prefill = (dense["encode"] + dense["prefill"]) / (sparse["encode"] + sparse["prefill"])
+    decode = (dense["retrieval"] + dense["decode"]) / (sparse["retrieval"] + sparse["decode"])
+    whole = dense["total"] / sparse["total"]
+    low, high = sorted((prefill, decode))
+    if not low / SLACK <= whole <= high * SLACK:
+        raise ValueError(
+            f"expected an end-to-end gain from {low:.3f} to {high:.3f}, got {whole:.3f}: a stage is missing"
+        )
+    return {"prefill": prefill, "decode": decode, "end to end": whole}
+
+
+def _line(row: Row, dense: Row) -> tuple[str, ...]:
+    gained = gains(dense["seconds"], row["seconds"])
+    times = [f"{1e3 * row['seconds'][stage]:.1f}" for stage in (*STAGES, "total")]
+    setting = row["setting"] if row["met"] else f"{row['setting']}: cannot"
+    against = "" if row["name"] == "both" else points(row["against_both"])
+    return (
+        row["name"], setting, *times, *(f"{gain:.2f}x" for gain in gained.values()),
+        interval(row["answers"]["all"]), percent(row["facts"]), against,
+    )  # fmt: skip
+
+
+def _cannot(row: Row, rows: list[Row]) -> str:
+    both, dense = rows[-1], rows[0]
+    share = dense["seconds"]["decode"] / dense["seconds"]["total"]
+    return (
+        f"*{row['name']}* cannot reach the time of both ({1e3 * both['seconds']['total']:.1f} ms): its strongest "
+        f"setting, `{row['setting']}`, still takes {1e3 * row['seconds']['total']:.1f} ms. "
+        f"Decoding is {share:.0%} of dense, "
+        "and a step of so small a model spends its time on calls and on weights, not on reading keys."
+    )
+
+
+def _draw(rows: list[Row], path: Path) -> None:
+    with drawn(path, 1, 2.6) as (_, (axis,)):
+        left = [0.0] * len(rows)
+        names = [f"{row['name']}\n{row['setting'].partition(':')[2]}".strip() for row in rows]
+        for stage, colour in zip(STAGES, COLOURS, strict=False):
+            spent = [1e3 * row["seconds"][stage] for row in rows]
+            axis.barh(names, spent, left=left, color=colour, label=stage, height=0.6)
+            left = [before + more for before, more in zip(left, spent, strict=True)]
+        axis.invert_yaxis()
+        axis.set_xlabel("milliseconds of a clip and its long questions")
+        axis.legend(frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, 1.18), fontsize=8.5)

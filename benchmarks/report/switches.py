@@ -1,0 +1,83 @@
+"""SparseVILA's switches, each against the default on the same questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from report.drawing import COLOURS, drawn
+from report.markdown import figure, interval, points, table
+from report.measured import Row, command_of, read
+
+SOURCE = "accuracy_demo_switches.json"
+COMMAND = (
+    "python benchmarks/accuracy/run.py --model demo --questions 2000 --processes 2 --protocols single --pictures own "
+    "--settings sparsevila:0.6/0.75 sparsevila:0.6/0.75:SWITCH [...] "
+    "--out benchmarks/results/accuracy_demo_switches.json"
+)
+
+
+def section(results: Path, figures: Path) -> str:
+    data = read(results, SOURCE, COMMAND)
+    base = data["rows"][0]["setting"]
+    found = against(data, base)
+    if not found:
+        raise ValueError(f"{SOURCE}: expected settings that are {base} with switches, got none")
+    _draw(found, base, figures / "switches.png")
+    whole = {row["setting"]: row for row in data["rows"] if row["by"] == "all" and row["picture"] == "own"}
+    costs = {row["setting"]: row for row in data["costs"] if row["by"] == "all"}
+    rows = [(f"`{base}`", interval(whole[base]), "", "", _reads(costs[base]), _milliseconds(costs[base]))]
+    for name, groups in found.items():
+        both = points(groups["all"]), points(groups["long"])
+        own = _reads(costs[name]), _milliseconds(costs[name])
+        rows.append((f"`{name.removeprefix(base + ':')}`", interval(whole[name]), *both, *own))
+    lead = (
+        f"Each switch beside `{base}`, which has none: right answers, and differences in percentage points on the same "
+        f"questions ({whole[base]['n']}), with 95 % intervals. Long questions ask for lists: there alone can decode "
+        "sparsity change an answer beyond its first token."
+    )
+    head = ("switch", "right, %", "points", "points, long", "visual tokens read", "retrieval and decode, ms")
+    text = [f"## Switches\n\n{lead}", table(head, rows), figure("switches.png", "Differences with their intervals")]
+    return "\n\n".join([*text, command_of(data)])
+
+
+def against(data: Row, base: str) -> dict[str, dict[str, Row]]:
+    """Differences to the setting without switches: setting -> group ("all", "long", ...) -> row."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in data["paired"]:
+        if (
+            row["against"] == base
+            and row["setting"].startswith(f"{base}:")
+            and row["protocol"] == row["against_protocol"]
+        ):
+            found.setdefault(row["setting"], {})[row["group"]] = row
+    return found
+
+
+def _reads(cost: Row) -> str:
+    return f"{cost['visual_active']:.1f}"
+
+
+def _milliseconds(cost: Row) -> str:
+    return f"{1e3 * (cost['retrieval_s'] + cost['decode_s']):.2f}"
+
+
+def _draw(found: dict[str, dict[str, Row]], base: str, path: Path) -> None:
+    with drawn(path, 1, 1.2 + 0.4 * len(found)) as (_, (axis,)):
+        names = [name.removeprefix(f"{base}:") for name in found]
+        for offset, (group, marker) in enumerate((("all", "o"), ("long", "s"))):
+            rows = [groups[group] for groups in found.values()]
+            mean = [100 * row["mean"] for row in rows]
+            error = (
+                [100 * (row["mean"] - row["low"]) for row in rows],
+                [100 * (row["high"] - row["mean"]) for row in rows],
+            )
+            places = [i + 0.3 * (offset - 0.5) for i in range(len(rows))]
+            label = "all questions" if group == "all" else "long questions"
+            axis.errorbar(
+                mean, places, xerr=error, fmt=marker, color=COLOURS[offset], capsize=2, markersize=5, label=label
+            )
+        axis.axvline(0, color="0.4", linewidth=0.8)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"percentage points against {base}")
+        axis.legend(frameon=False, fontsize=8.5)
