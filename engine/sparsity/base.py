@@ -181,7 +181,7 @@ class StagedPruning(Method):
     """Permanent pruning inside the language model, at a few layers by top-k; ties go to the lower index.
 
     With `prefill` 0 there are no stages, and nothing of it is computed. `decode` adds SparseVILA's retrieval from what
-    a layer has left, so the published methods are `decode` 0. `scope` of a policy means nothing here.
+    a layer has left, so the published methods are `decode` 0. `scope` of a policy is refused.
     """
 
     # (layer, fraction removed there of the tokens that are still there), ascending; `at_depth` sets them.
