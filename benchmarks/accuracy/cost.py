@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from accuracy.answering import Reply
+from accuracy.answering import Reply, Setting
 
 from sparsevila.models.llava_next import LlavaNextConfig
 
@@ -167,17 +167,42 @@ def decoding(sizes: ModelSizes, steps: int, first_read_bytes: int) -> Work:
     return Work(steps * weights + 2 * sizes.query_width * entries, steps * weights * sizes.element_bytes + read)
 
 
-def turn_cost(sizes: ModelSizes, reply: Reply, steps: int, *, retrieves: bool) -> Cost:
-    """One question and its answer, without the encoder. A turn that found nothing in the cache placed the picture.
+@dataclass(frozen=True)
+class Manner:
+    """How a setting prunes, as far as a turn's figures do not say."""
+
+    inside: bool = False  # the decoder: then all that the encoder made enters, whatever is kept of it
+    retrieves: bool = False
+
+    @staticmethod
+    def of(setting: Setting) -> Manner:
+        return Manner(setting.needs_question, setting.sparsity.decode > 0)
+
+    def entered(self, reply: Reply) -> int:
+        """Visual tokens that a turn brought into the decoder; one that found an empty cache placed the picture."""
+        if reply.cached_tokens > 0:
+            return 0
+        return reply.visual_total if self.inside else reply.visual_kept
+
+
+def input_tokens(reply: Reply, manner: Manner) -> float:
+    """Visual tokens that a layer prefilled, mean over layers; text and newlines go through all of them."""
+    return reply.layer_tokens - (reply.prompt_tokens - manner.entered(reply))
+
+
+def turn_cost(sizes: ModelSizes, reply: Reply, steps: int, manner: Manner) -> Cost:
+    """One question and its answer, without the encoder.
 
     steps: decode steps of the answer, one for each of its tokens but the first and one for the token that ends it.
     """
-    entered = reply.visual_kept + reply.structural if reply.cached_tokens == 0 else 0
-    rows = reply.prompt_tokens - entered
+    visual = manner.entered(reply)
+    projected = visual + reply.structural if visual else 0
+    ranked = reply.visual_total if manner.inside else reply.visual_kept
+    rows = reply.prompt_tokens - projected
     return Cost(
-        projector=projecting(sizes, entered) if entered else Work(),
+        projector=projecting(sizes, projected) if projected else Work(),
         prefill=prefilling(sizes, reply.layer_tokens, reply.layer_pairs),
-        retrieval=retrieving(sizes, rows, reply.visual_kept, reply.visual_active) if retrieves else Work(),
+        retrieval=retrieving(sizes, rows, ranked, reply.visual_active) if manner.retrieves else Work(),
         decode=decoding(sizes, steps, reply.kv_read_bytes),
     )
 
@@ -188,10 +213,10 @@ def own_steps(reply: Reply) -> int:
 
 
 def conversation_cost(
-    sizes: ModelSizes, tiles: int, replies: Sequence[Reply], steps: Sequence[int], *, retrieves: bool
+    sizes: ModelSizes, tiles: int, replies: Sequence[Reply], steps: Sequence[int], manner: Manner
 ) -> Cost:
     """A picture of that many tiles, encoded once, and the turns about it; the decode steps of each."""
-    turns = (turn_cost(sizes, reply, n, retrieves=retrieves) for reply, n in zip(replies, steps, strict=True))
+    turns = (turn_cost(sizes, reply, n, manner) for reply, n in zip(replies, steps, strict=True))
     return total_cost([Cost(encoder=encoding(sizes, tiles)), *turns])
 
 

@@ -36,7 +36,7 @@ from sparsevila.engine.sparsity.registry import make_method
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy.answering import MAX_NEW_TOKENS, MAX_NEW_TOKENS_LONG, Setting
-from accuracy.cost import ModelSizes, conversation_cost, own_steps
+from accuracy.cost import Manner, ModelSizes, conversation_cost, own_steps
 from accuracy.prices import Counts, Sample, Seconds
 from accuracy.questions import LAYOUTS, Item, count, describe_layouts, draw
 from accuracy.run import CHUNK, Loading, answer_all, plan_jobs, plan_tasks, run_here, run_processes, shown_name, to_json
@@ -54,10 +54,11 @@ BUDGETS = (
     "active=sparsevila:0.6/0.75",
 )
 METHODS = (
-    "sparsevila/0.75", "fastv", "pdrop", "sparsevlm", "sparsevlm+", "visionzip", "prumerge+", "random/0.75",
+    "sparsevila/0.75", "fastv", "pdrop", "sparsevlm", "sparsevlm+", "visionzip", "prumerge+", "sparsemm", "random/0.75",
 )  # fmt: skip
 OURS = "sparsevila"  # what the others are compared with
 STEPS = 1000  # prefill sparsities are looked for in so many parts
+CLOSE = 0.001  # of the budget, where the search ends
 TOLERANCE = 0.02  # of the budget, by which the most that a method can do may miss it
 TIMED = (0, 300, 600, 800, 950)  # thousandths whose seconds are measured; between them, straight lines
 DENSE = Setting.parse("dense")
@@ -146,7 +147,7 @@ class Found:
 
 
 def nearest(figure: Callable[[int], float], highest: int, target: float) -> tuple[int, bool]:
-    """The step of 0 to `highest` whose figure is nearest to the target, and whether the target can be reached at all.
+    """The step of 0 to `highest` whose figure is the target or nearest to it; whether that can be reached at all.
 
     Figures fall from step to step, about evenly: looked for where a straight line would have it, and half-way, in turn.
     """
@@ -159,6 +160,8 @@ def nearest(figure: Callable[[int], float], highest: int, target: float) -> tupl
     while high - low > 1:
         part = (figure(low) - target) / (figure(low) - figure(high)) if is_line else 0.5
         middle = min(max(low + round(part * (high - low)), low + 1), high - 1)
+        if abs(figure(middle) - target) <= CLOSE * target:
+            return middle, True
         low, high = (low, middle) if figure(middle) <= target else (middle, high)
         is_line = not is_line
     return min((high, low), key=lambda step: abs(figure(step) - target)), True
@@ -279,13 +282,13 @@ def own_gflop(sizes: ModelSizes, tiles: dict[str, int], setting: Setting, talk: 
     by_item: defaultdict[str, list[Answered]] = defaultdict(list)
     for one in talk:
         by_item[one.item.key].append(one)
-    retrieves = setting.sparsity.decode > 0
+    manner = Manner.of(setting)
     costs = []
     for turns in by_item.values():
         replies = [one.reply for one in turns]
         steps = [own_steps(reply) for reply in replies]
         layout = turns[0].item.layout.name
-        costs.append(conversation_cost(sizes, tiles[layout], replies, steps, retrieves=retrieves).total.gflop)
+        costs.append(conversation_cost(sizes, tiles[layout], replies, steps, manner).total.gflop)
     return fmean(costs)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from accuracy.answering import EngineAnswerer, Reply, Setting, reply_of
-from accuracy.cost import ModelSizes, conversation_cost, total_cost
+from accuracy.cost import Manner, ModelSizes, conversation_cost, input_tokens, total_cost
 from accuracy.questions import Item, Question
 
 from sparsevila import Engine, SamplingParams
@@ -98,16 +98,14 @@ class Sample:
 
     def _count(self, setting: Setting) -> Counts:
         talks = [self._prompts(setting, item) for item in self._items]
-        retrieves = setting.sparsity.decode > 0
+        manner = Manner.of(setting)
         costs = []
         for item, replies in zip(self._items, talks, strict=True):
             steps = [self._steps(question) for question in item.dialogue]
-            costs.append(
-                conversation_cost(self.sizes, self._tiles[item.layout.name], replies, steps, retrieves=retrieves)
-            )
+            costs.append(conversation_cost(self.sizes, self._tiles[item.layout.name], replies, steps, manner))
         return Counts(
             cost=total_cost(costs).to_json(len(costs)),
-            input_tokens=fmean(input_tokens(replies[0]) for replies in talks),
+            input_tokens=fmean(input_tokens(replies[0], manner) for replies in talks),
             active_tokens=fmean(fmean(reply.visual_active for reply in replies) for replies in talks),
             encoder_tokens=fmean(replies[0].visual_total for replies in talks),
         )
@@ -139,11 +137,6 @@ class Sample:
             yield
         finally:
             tokenizer.eos_ids = kept
-
-
-def input_tokens(first: Reply) -> float:
-    """Visual tokens that a layer prefills of a picture, mean over layers, from the turn that placed it."""
-    return first.layer_tokens - (first.prompt_tokens - first.visual_kept)
 
 
 def _mean(found: Sequence[Seconds]) -> Seconds:

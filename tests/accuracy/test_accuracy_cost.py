@@ -11,6 +11,7 @@ import torch
 from accuracy.answering import Reply, reply_of
 from accuracy.cost import (
     Cost,
+    Manner,
     ModelSizes,
     Work,
     conversation_cost,
@@ -88,7 +89,7 @@ class TestAgainstTorch:
         flop, replies = counted(engine, picture, sparsity, tokens=5)
         tiles = tiles_of(engine, picture)
         assert [own_steps(reply) for reply in replies] == [4, 4]
-        turns = [turn_cost(sizes, reply, 4, retrieves=False) for reply in replies]
+        turns = [turn_cost(sizes, reply, 4, Manner(inside=sparsity.method == "fastv")) for reply in replies]
         ours = [2 * (turns[0].total.macs + encoding(sizes, tiles).macs), 2 * turns[1].total.macs]
         if sparsity.method in ("dense", "sparsevila"):
             assert flop == ours
@@ -98,15 +99,15 @@ class TestAgainstTorch:
 
     def test_retrieval(self, engine, sizes, picture):
         flop, replies = counted(engine, picture, Sparsity(0.5, 0.75), tokens=3)
-        ours = [turn_cost(sizes, reply, own_steps(reply), retrieves=True) for reply in replies]
+        ours = [turn_cost(sizes, reply, own_steps(reply), Manner(retrieves=True)) for reply in replies]
         assert flop[1] == 2 * ours[1].total.macs
-        without = turn_cost(sizes, replies[1], own_steps(replies[1]), retrieves=False)
+        without = turn_cost(sizes, replies[1], own_steps(replies[1]), Manner())
         assert ours[1].retrieval.macs == ours[1].total.macs - without.total.macs > 0
 
     def test_fewer_tokens_cost_less_where_they_are_saved(self, engine, sizes, picture):
         def cost(sparsity: Sparsity) -> Cost:
             replies = counted(engine, picture, sparsity, tokens=3)[1]
-            return conversation_cost(sizes, 7, replies, [2, 2], retrieves=sparsity.decode > 0)
+            return conversation_cost(sizes, 7, replies, [2, 2], Manner(retrieves=sparsity.decode > 0))
 
         dense, pruned, retrieved = cost(Sparsity()), cost(Sparsity(0.6)), cost(Sparsity(0, 0.75))
         assert pruned.encoder == retrieved.encoder == dense.encoder
@@ -153,10 +154,12 @@ class TestByHand:
     def test_a_conversation_encodes_once(self):
         first = Reply("", False, 3, 30, 0, 40, 16, 4.0, 0, 0, 0, 0, 0, 2, 30.0, 465.0, 100)
         later = replace(first, prompt_tokens=7, cached_tokens=30, layer_tokens=7.0, layer_pairs=200.0)
-        whole = conversation_cost(self.SIZES, 3, [first, later], [3, 3], retrieves=True)
+        whole = conversation_cost(self.SIZES, 3, [first, later], [3, 3], Manner(retrieves=True))
         assert whole.encoder == encoding(self.SIZES, 3)
         assert whole.projector == projecting(self.SIZES, 16 + 2)
         assert whole.retrieval == retrieving(self.SIZES, 30 - 18, 16, 4) + retrieving(self.SIZES, 7, 16, 4)
+        inside = conversation_cost(self.SIZES, 3, [first, later], [3, 3], Manner(inside=True))
+        assert inside.projector == projecting(self.SIZES, 40 + 2)  # all that the encoder made
         assert own_steps(first) == 3
         assert own_steps(replace(first, was_cut=True)) == 2
         made = whole.to_json(conversations=2)
