@@ -427,7 +427,8 @@ def test_keys_of_merged_patches_are_means(engines, monkeypatch):
 
 def contents(session: Session) -> list[Tensor]:
     cache = session._cache
-    return [t for stores in (cache.visual, cache.text) for store in stores for t in store.segment()]
+    heads = range(cache.visual[0].k.shape[0])
+    return [t for stores in (cache.visual, cache.text) for store in stores for h in heads for t in store.segment_of(h)]
 
 
 @pytest.mark.parametrize("method", [*MERGING, "none"])
