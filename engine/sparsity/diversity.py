@@ -18,31 +18,54 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_PRODUCTS_AT_ONCE = 1 << 26  # floats: 256 MB, or 8,192 tokens of one group
+_PRODUCTS_AT_ONCE = 1 << 24  # floats: 64 MB, or 4,096 tokens of one group
+_LIKELY = 256  # rows of products that are made together, where not all of them are
 
 
 def diverse(saliency: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
     """Which tokens of each group stay: (G, k) int64 on the CPU, ascending.
 
     saliency (G, n) float32; features (G, n, D) of any float dtype, on the device that does the work; 1 <= k <= n;
-    weight 0 to 1. Takes n k products of features a group, in one matrix product where that fits.
+    weight 0 to 1. Work is that of the products of all pairs in a group, or, of groups too large to hold them, of a
+    few times k with all; memory is bounded. Waits for the device once a group, in large ones now and then.
     """
-    features = F.normalize(features.float(), dim=-1)
-    groups, n, _ = features.shape
-    value = (1 - weight) * _relevance(saliency).to(features.device)
-    nearest = torch.full_like(value, -torch.inf)
-    taken = torch.zeros_like(value, dtype=torch.bool)
-    rows = torch.arange(groups, device=features.device)
-    products = features @ features.transpose(1, 2) if groups * n * n <= _PRODUCTS_AT_ONCE else None
-    chosen = saliency.argmax(dim=1).to(features.device)
-    for step in range(k):
-        if step:
-            chosen = (value - weight * nearest).masked_fill(taken, -torch.inf).argmax(dim=1)
+    groups_at_once = max(1, _PRODUCTS_AT_ONCE // saliency.shape[1] ** 2)
+    parts = zip(saliency.split(groups_at_once), features.split(groups_at_once), strict=True)
+    return torch.cat([_greedy(*part, k, weight) for part in parts])
+
+
+def _greedy(saliency: Tensor, features: Tensor, k: int, weight: float) -> Tensor:
+    products = _Products(F.normalize(features.float(), dim=-1))
+    relevance = _relevance(saliency).to(features.device)
+    worth, nearest = relevance, torch.full_like(relevance, -torch.inf)
+    taken = torch.zeros_like(relevance, dtype=torch.bool)
+    rows = torch.arange(len(relevance), device=features.device)
+    for _ in range(k):
+        chosen = worth.argmax(dim=1)
         taken[rows, chosen] = True
-        own = features[rows, chosen][..., None]  # (G, D, 1)
-        alike = (features @ own)[..., 0] if products is None else products[rows, chosen]
-        nearest = torch.maximum(nearest, alike)
-    return torch.nonzero(taken.cpu())[:, 1].reshape(groups, k)
+        nearest = torch.maximum(nearest, products.of(chosen, worth))
+        worth = ((1 - weight) * relevance - weight * nearest).masked_fill(taken, -torch.inf)
+    return torch.nonzero(taken.cpu())[:, 1].reshape(len(saliency), k)
+
+
+class _Products:
+    """Products of tokens with all of their group: all at once or, of one large group, those likely to be asked for."""
+
+    def __init__(self, features: Tensor) -> None:
+        groups, n, _ = features.shape
+        self._features = features
+        self._all = features @ features.transpose(1, 2) if groups * n * n <= _PRODUCTS_AT_ONCE else None
+        self._some: dict[int, Tensor] = {}
+
+    def of(self, chosen: Tensor, worth: Tensor) -> Tensor:
+        """chosen (G,) int64 -> (G, n); the more a token is worth (G, n), the likelier it is asked for soon."""
+        if self._all is not None:
+            return self._all[torch.arange(len(chosen), device=chosen.device), chosen]
+        features, token = self._features[0], int(chosen)
+        if token not in self._some:
+            likely = torch.cat([chosen, worth[0].topk(min(_LIKELY, len(features))).indices])
+            self._some = dict(zip(likely.tolist(), features[likely] @ features.T, strict=True))
+        return self._some[token][None]
 
 
 def _relevance(saliency: Tensor) -> Tensor:

@@ -161,10 +161,11 @@ class TestLayersAndSinks:
 
 class TestDiversity:
     @pytest.mark.parametrize("weight", [0.0, 0.3, 0.7, 1.0])
-    @pytest.mark.parametrize("at_once", [True, False])
-    def test_equals_the_loop(self, weight, at_once, monkeypatch):
-        if not at_once:
-            monkeypatch.setattr(diversity, "_PRODUCTS_AT_ONCE", 0)
+    @pytest.mark.parametrize(("products", "likely"), [(1 << 20, 256), (2 * 26**2, 256), (0, 256), (0, 4)])
+    def test_equals_the_loop(self, weight, products, likely, monkeypatch):
+        """Three groups of 26 at once; two and one; one after the other, all rows or a few of them at a time."""
+        monkeypatch.setattr(diversity, "_PRODUCTS_AT_ONCE", products)
+        monkeypatch.setattr(diversity, "_LIKELY", likely)
         saliency, features = drawn(3, 26, seed=1), drawn(3, 26, 5, seed=2) - 0.5
         got = diverse(saliency, features, 9, weight)
         for group, row in enumerate(got.tolist()):
