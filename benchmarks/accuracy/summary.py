@@ -13,6 +13,9 @@ from accuracy.questions import Item, Question
 from accuracy.scoring import Guesser, facts_right, is_right, paired_difference, passes, prior, wilson
 from accuracy.workfile import Result
 
+from sparsevila import Sparsity
+from sparsevila.engine.switches import switched_on
+
 LEAK = 0.05  # by which blind accuracy may pass the prior before a type is marked
 
 
@@ -168,7 +171,8 @@ def _is_pair(task: Task, other: Task) -> bool:
     is_dice = other.setting.sparsity.method == "random" and task.setting.sparsity.method not in ("random", "dense")
     ours, theirs = task.setting.sparsity, other.setting.sparsity
     same_counts = (ours.prefill, ours.decode, ours.scope) == (theirs.prefill, theirs.decode, theirs.scope)
-    return other.setting.name == "dense" or (is_dice and same_counts)
+    is_plain = bool(switched_on(ours)) and theirs == Sparsity(ours.prefill, ours.decode, ours.method)
+    return other.setting.name == "dense" or (is_dice and same_counts) or is_plain
 
 
 def _differences(ours: Sequence[Answered], theirs: Sequence[Answered]) -> Iterator[dict[str, Any]]:

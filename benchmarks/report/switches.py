@@ -9,30 +9,34 @@ from report.markdown import figure, interval, points, table
 from report.measured import Row, command_of, read
 
 SOURCE = "accuracy_demo_switches.json"
+BASE = "sparsevila:0.6/0.75"
+SWITCHES = (
+    "budgets=mass", "score_layers=middle", "sets=per_kv_head", "sinks=4", "refresh=4", "diversity=0.5", "rerotate=on",
+    "global",
+)  # fmt: skip
 COMMAND = (
-    "python benchmarks/accuracy/run.py --model demo --questions 2000 --processes 2 --protocols single --pictures own "
-    "--settings sparsevila:0.6/0.75 sparsevila:0.6/0.75:SWITCH [...] "
+    "python benchmarks/accuracy/run.py --model demo --processes 2 --protocols single --pictures own --fresh 0 "
+    f"--settings {BASE} {' '.join(f'{BASE}:{switch}' for switch in SWITCHES)} "
     "--out benchmarks/results/accuracy_demo_switches.json"
 )
 
 
 def section(results: Path, figures: Path) -> str:
     data = read(results, SOURCE, COMMAND)
-    base = data["rows"][0]["setting"]
-    found = against(data, base)
+    found = against(data)
     if not found:
-        raise ValueError(f"{SOURCE}: expected settings that are {base} with switches, got none")
-    _draw(found, base, figures / "switches.png")
+        raise ValueError(f"{SOURCE}: expected settings that are {BASE} with switches, got none")
+    _draw(found, figures / "switches.png")
     whole = {row["setting"]: row for row in data["rows"] if row["by"] == "all" and row["picture"] == "own"}
     costs = {row["setting"]: row for row in data["costs"] if row["by"] == "all"}
-    rows = [(f"`{base}`", interval(whole[base]), "", "", _reads(costs[base]), _milliseconds(costs[base]))]
+    rows = [(f"`{BASE}`", interval(whole[BASE]), "", "", _reads(costs[BASE]), _milliseconds(costs[BASE]))]
     for name, groups in found.items():
         both = points(groups["all"]), points(groups["long"])
         own = _reads(costs[name]), _milliseconds(costs[name])
-        rows.append((f"`{name.removeprefix(base + ':')}`", interval(whole[name]), *both, *own))
+        rows.append((f"`{name.removeprefix(BASE + ':')}`", interval(whole[name]), *both, *own))
     lead = (
-        f"Each switch beside `{base}`, which has none: right answers, and differences in percentage points on the same "
-        f"questions ({whole[base]['n']}), with 95 % intervals. Long questions ask for lists: there alone can decode "
+        f"Each switch beside `{BASE}`, which has none: right answers, and differences in percentage points on the same "
+        f"questions ({whole[BASE]['n']}), with 95 % intervals. Long questions ask for lists: there alone can decode "
         "sparsity change an answer beyond its first token."
     )
     head = ("switch", "right, %", "points", "points, long", "visual tokens read", "retrieval and decode, ms")
@@ -40,13 +44,13 @@ def section(results: Path, figures: Path) -> str:
     return "\n\n".join([*text, command_of(data)])
 
 
-def against(data: Row, base: str) -> dict[str, dict[str, Row]]:
+def against(data: Row) -> dict[str, dict[str, Row]]:
     """Differences to the setting without switches: setting -> group ("all", "long", ...) -> row."""
     found: dict[str, dict[str, Row]] = {}
     for row in data["paired"]:
         if (
-            row["against"] == base
-            and row["setting"].startswith(f"{base}:")
+            row["against"] == BASE
+            and row["setting"].startswith(f"{BASE}:")
             and row["protocol"] == row["against_protocol"]
         ):
             found.setdefault(row["setting"], {})[row["group"]] = row
@@ -61,9 +65,9 @@ def _milliseconds(cost: Row) -> str:
     return f"{1e3 * (cost['retrieval_s'] + cost['decode_s']):.2f}"
 
 
-def _draw(found: dict[str, dict[str, Row]], base: str, path: Path) -> None:
+def _draw(found: dict[str, dict[str, Row]], path: Path) -> None:
     with drawn(path, 1, 1.2 + 0.4 * len(found)) as (_, (axis,)):
-        names = [name.removeprefix(f"{base}:") for name in found]
+        names = [name.removeprefix(f"{BASE}:") for name in found]
         for offset, (group, marker) in enumerate((("all", "o"), ("long", "s"))):
             rows = [groups[group] for groups in found.values()]
             mean = [100 * row["mean"] for row in rows]
@@ -79,5 +83,5 @@ def _draw(found: dict[str, dict[str, Row]], base: str, path: Path) -> None:
         axis.axvline(0, color="0.4", linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
-        axis.set_xlabel(f"percentage points against {base}")
+        axis.set_xlabel(f"percentage points against {BASE}")
         axis.legend(frameon=False, fontsize=8.5)

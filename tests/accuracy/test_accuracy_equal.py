@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 from accuracy import decoupling, equal
-from accuracy.answering import Reply, Setting
+from accuracy.answering import Conversation, Reply, Setting
 from accuracy.cost import Manner, ModelSizes, encoding, input_tokens
 from accuracy.equal import Budget, Contender, Found, compared, kept, nearest, on_line, own_gflop, parts_of
 from accuracy.prices import Sample
 from accuracy.questions import draw
-from accuracy.summary import Answered
+from accuracy.run import plan_tasks
+from accuracy.scoring import learn_guesser
+from accuracy.summary import Answered, summarise
+from accuracy.workfile import Result
 
 from sparsevila import Engine
 
@@ -184,6 +187,18 @@ def asked(student, tmp_path_factory):
         arguments[3] = str(folder / "decoupling.json")
         decoupling.main([*arguments[:6], "--clips", "2", "--timed", "1", "--reference", "sparsevila:0.9/0.75"])
     return folder, few
+
+
+def test_switches_are_compared_with_the_same_setting_without(items):
+    names = ("sparsevila:0.5/0.75", "sparsevila:0.5/0.75:sinks=4", "sparsevila:0.5/0.75:global", "sparsevila:0.6/0.75")
+    tasks = plan_tasks([Setting.parse(name) for name in names], ["single"], ["own"])
+    some = items[:3]
+    right = [Conversation(tuple(replace(reply(), text=q.answer) for q in item.questions)) for item in some]
+    wrong = [Conversation(tuple(reply() for _ in item.questions)) for item in some]
+    results = [Result(task.key, 0, tuple(wrong if ":sinks" in task.key else right)) for task in tasks]
+    made = summarise(some, tasks, results, learn_guesser(some, 2))["paired"]
+    found = {(row["setting"], row["against"]): row["mean"] for row in made if row["by"] == "all"}
+    assert found == {(names[1], names[0]): -1.0, (names[2], names[0]): 0.0}
 
 
 class TestCommand:
