@@ -333,8 +333,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Video:
     return replace(write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=6, height=96, width=128), frames=4)
 
 
-def picture() -> Image:
-    return Image(np.random.default_rng(4).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+def picture(seed: int = 4) -> Image:
+    return Image(np.random.default_rng(seed).integers(0, 256, (70, 90, 3), dtype=np.uint8))
 
 
 @pytest.fixture(params=MODELS)
@@ -475,12 +475,14 @@ def test_two_turns_are_those_of_plain_passes(shown, switches, monkeypatch):
     policy = fitting(engine, Sparsity(0.3, 0.7, **ALONE[switches]))
     sets = watched(monkeypatch)
     session = engine.session(media=[item], sparsity=policy)
-    results = [session.ask(question, params=PARAMS) for question in QUESTIONS]
+    later = replace(item, frames=2) if isinstance(item, Video) else picture(5)
+    results = [session.ask(q, media=media, params=PARAMS) for q, media in zip(QUESTIONS, ([], [later]), strict=True)]
+    placed = iter(session._state.placed)
     driver, plain, prompt = session._driver(None, lambda _: None), Plain(session, policy), engine.model.prompt
     for turn_index, (record, result) in enumerate(zip(session._state.records, results, strict=True)):
-        if turn_index == 0:
-            plain.text(driver._ids(driver._opening(record.before), start=True))
-            plain.place(session._state.placed[0])
+        assert len(record.media) == 1
+        plain.text(driver._ids(driver._opening(record.before), start=turn_index == 0))
+        plain.place(next(placed))
         asked = replace(record.asked, records=session._state.records[:turn_index])
         ids = plain.answer(driver._question_ids(asked, record.question), PARAMS.max_new_tokens)
         assert list(result.token_ids) == ids
@@ -623,6 +625,33 @@ class TestSession:
         assert chunks[-1].finish_reason == "cancelled"
         assert len(chunks) == 1 + many.refresh
         assert_same(session, untouched)
+
+    def test_undo_and_clear_go_back_bit_for_bit(self, shown, many):
+        engine, item = shown
+        session, one, none = (engine.session(media=[item], sparsity=many) for _ in range(3))
+        for question in QUESTIONS:
+            session.ask(question, params=PARAMS)
+        one.ask(QUESTIONS[0], params=PARAMS)
+        session.undo()
+        assert_same(session, one)
+        session.clear()
+        again, fresh = (s.ask(QUESTIONS[1], params=PARAMS).token_ids for s in (session, none))
+        assert again == fresh
+        assert_same(session, none)
+
+    def test_a_conversation_that_is_built_again_goes_on(self, shown, many):
+        """Later media move after a drop: where entries stand is known anew."""
+        engine, item = shown
+        dropped, never = (engine.session(media=media, sparsity=many) for media in ([picture(), item], [item]))
+        answers = []
+        for session in (dropped, never):
+            if session is dropped:
+                session.ask(QUESTIONS[0], params=PARAMS)
+                session.clear()
+                session.drop(1)
+            answers.append(session.ask(QUESTIONS[1], params=PARAMS).token_ids)
+        assert answers[0] == answers[1]
+        assert_same(dropped, never)
 
     def test_a_stop_text_leaves_no_trace_of_what_came_behind(self, shown, many):
         engine, item = shown
