@@ -3,8 +3,8 @@
     python benchmarks/report/page.py [--results benchmarks/results] [--out docs/results.md] [--readme README.md]
 
 A section is a module with `section(results, figures) -> str`: it reads its JSON, writes its plots to `figures` and
-returns its Markdown. One that reads a JSON says which (`SOURCE`) and what makes it (`COMMAND`), and raises with that
-command where it is missing.
+returns its Markdown. One that reads a JSON says which (`SOURCE`) and what makes it (`COMMAND`; of several `SOURCES` and
+`COMMANDS`, by the same names), and raises with that command where it is missing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report.measured import origin, read
@@ -32,14 +33,21 @@ made its JSON. `make results` writes this page from those files."""
 def render(results: Path, figures: Path, sections: Sequence[str] = SECTIONS) -> str:
     """The whole page; plots go to `figures`. Raises MissingMeasurement where a section's JSON is not there."""
     modules = [import_module(name) for name in sections]
-    sources = dict.fromkeys(module.SOURCE for module in modules if hasattr(module, "SOURCE"))
-    commands = {module.SOURCE: module.COMMAND for module in modules if hasattr(module, "SOURCE")}
+    commands: dict[str, str] = {}
+    for module in modules:
+        commands |= _sources(module)
     lines = []
-    for name in sources:
-        data = read(results, name, commands[name])
-        lines.append(f"- [{name}](../benchmarks/results/{name}): {origin(data)}")
+    for name, command in commands.items():
+        lines.append(f"- [{name}](../benchmarks/results/{name}): {origin(read(results, name, command))}")
     measured = ["## What was measured, and where\n\n" + "\n".join(lines)] if lines else []
     return "\n\n".join([HEAD, *measured, *(module.section(results, figures) for module in modules)]) + "\n"
+
+
+def _sources(module: ModuleType) -> dict[str, str]:
+    """What a section reads: JSON -> the command that makes it."""
+    if hasattr(module, "SOURCES"):
+        return {module.SOURCES[name]: module.COMMANDS[name] for name in module.SOURCES}
+    return {module.SOURCE: module.COMMAND} if hasattr(module, "SOURCE") else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

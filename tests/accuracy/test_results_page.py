@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from report import accuracy_cost, decoupling, drawing, equal_cost, not_shown, page, summary, switches
+from report import accuracy_cost, decoupling, decoupling_7b, drawing, equal_cost, not_shown, page, summary, switches
 from report.markdown import interval, points, table
 from report.measured import MissingMeasurement
 
@@ -171,6 +171,27 @@ class TestSections:
         assert "still takes 190.0 ms" in text
         assert "Decoding is 45% of dense" in text
         assert found["both"].endswith("| 50.0 |  |")
+
+    def test_widths_of_a_large_model(self, tmp_path):
+        run = {"encode": 100.0, "prefill": 100.0, "retrieval": 0.0, "decode": 50.0, "visual_total": 2304}
+        for name, (prefill, decode) in decoupling_7b.POLICIES.items():
+            made = {
+                "environment": PLACE | {"command": f"python {name}.py"},
+                "model": "m",
+                "scheme": "W4A16",
+                "tokens": 64,
+            }
+            made |= {"dense": run, "sparse": run | {"prefill": 50.0, "decode": 40.0}}
+            made["policies"] = {"sparse": {"prefill": prefill, "decode": decode}}
+            (tmp_path / decoupling_7b.SOURCES[name]).write_text(json.dumps(made))
+        text = page.render(tmp_path, tmp_path, ("report.decoupling_7b",))
+        assert "| 60% / 75% | 100 | 50 | 0 | 40 | 190 | 1.33x | 1.25x | 1.32x |" in text
+        assert "| 0% / 90% |" in text
+        assert "    python both.py\n    python prefill.py\n    python decode.py" in text
+        assert text.count("- [latency_7b_") == 3
+        (tmp_path / decoupling_7b.SOURCES["decode"]).unlink()
+        with pytest.raises(MissingMeasurement, match=r"--decode-sparsity 0\.9"):
+            page.render(tmp_path, tmp_path, ("report.decoupling_7b",))
 
     def test_a_gain_that_its_parts_cannot_explain_is_refused(self):
         dense, both = DECOUPLING["rows"][0]["seconds"], DECOUPLING["rows"][3]["seconds"]
