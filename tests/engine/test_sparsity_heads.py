@@ -183,7 +183,11 @@ class Plain:
 
     @torch.inference_mode()
     def run(self) -> tuple[Tensor, list[list[list[list[int]]]], list[list[list[list[int]]]]]:
-        """Logits of all rows; kept[layer][turn][head] and read[layer][turn][head], rows of visual tokens."""
+        """Logits of all rows; kept[layer][turn][head] and read[layer][turn][head], rows of visual tokens.
+
+        `asked[layer][head]` is how much the last question looked at each row that the head had.
+        """
+        self.asked: list[list[dict[int, float]]] = []
         hidden = torch.cat(
             [
                 self.model.embed_visual(part) if isinstance(part, VisualTokens)
@@ -194,6 +198,7 @@ class Plain:
         angles = self.decoder.angles(self.positions())
         kept, read = [], []
         for number, layer in enumerate(self.decoder.layers):
+            self.asked.append([])
             q, k, v = layer.project(hidden, *angles)
             group = len(q) // len(k)
             found = [self._head(number, h, q[h * group : (h + 1) * group], k[h]) for h in range(len(k))]
@@ -228,6 +233,7 @@ class Plain:
             reads = sorted(sorted(there, key=lambda row: (-score[row], row))[:count])
             sees[later : turn.end, sorted(set(there) - set(reads))] = False
             read.append(reads)
+        self.asked[layer].append(score)
         p = dots.masked_fill(~sees, -torch.inf).softmax(-1)
         return p, kept, read
 
@@ -257,6 +263,14 @@ def check(session: Session, scores: list[list[float]], *, greedy_from: int = 0) 
         assert selection.active is not None
         got = [own.tolist() for own in by_head(selection.active[layer])]
         assert got == [[store[row] for row in own] for own in turns[-1]], f"layer {layer}"
+        if plain.reads < 1:
+            assert selection.scores is not None
+            heads, want = plain.asked[layer], torch.zeros(len(store))
+            for row, score in ((row, score) for own in heads for row, score in own.items()):
+                want[store[row]] += score / len(heads)
+            assert (selection.scores[layer] - want).abs().max() < 1e-5 * want.max()
+            held = sum(own[row] for own, rows in zip(heads, turns[-1], strict=True) for row in rows)
+            assert selection.recovered_mass()[layer] == pytest.approx(held / sum(sum(own.values()) for own in heads))
     # A question, and two tokens by steps: nothing is retrieved for them.
     asked = session._driver(None, lambda _: None)._question_ids(session._state, "Last?")  # type: ignore[arg-type]
     mark = session._cache.checkpoint()
