@@ -20,7 +20,7 @@ TYPED := $(VENV)/typed/sparsevila
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python chat.py --video assets/clips/world.mp4 --prompt "in which part of the picture is the number 69?" \
+	$(BIN)/python chat.py --video assets/clips/world.mp4 --prompt "how many shapes does the clip show?" \
 		--prompt "which shape comes first?" --prompt "which colour does the blue triangle turn?" \
 		--max-new-tokens 64 --stats $(ARGS)
 

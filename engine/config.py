@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import InvalidRequest
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Positions = Literal["auto", "original", "contiguous"]
 
 
 def _finite(name: str, value: float) -> None:
@@ -103,6 +104,9 @@ class Sparsity:
     decode: float = 0.0
     method: str = "sparsevila"
     scope: Literal["per_frame", "global"] = "per_frame"
+    # Where survivors of a medium stand, where positions have one axis: each where it stood, or moved up as if the
+    # others had never been. "auto" lets them stand while all places of a prompt's media fit in the context.
+    positions: Positions = "auto"
     # How a turn's entries are shared out among layers: as many for each, or where the attention is (`budgets.py`).
     budgets: Literal["equal", "mass"] = "equal"
     score_layers: Literal["own", "middle"] = "own"  # whose scores rank: each layer's own, or the middle third's for all
@@ -126,7 +130,8 @@ class Sparsity:
 
     def _check_switches(self) -> None:
         allowed = {
-            "budgets": ("equal", "mass"), "score_layers": ("own", "middle"), "sets": ("shared", "per_kv_head")
+            "positions": get_args(Positions), "budgets": ("equal", "mass"), "score_layers": ("own", "middle"),
+            "sets": ("shared", "per_kv_head"),
         }  # fmt: skip
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:

@@ -52,11 +52,26 @@ class Placed:
     # its store holds or, if merged, what the entry stands for, in the order of the store. The first item of a prompt
     # tells it of all of them, one behind the other; the others' are empty. None: every layer's store holds all.
     layers: tuple[HeadSets, ...] | None = None
-    start: int = 0  # position of its first token, where positions have one axis
+    # Where positions have one axis: that of its first place, how many places it takes, and those of its survivors, (M,)
+    # int64; None: it takes one for each.
+    start: int = 0
+    room: int = 0
+    places: Tensor | None = None
 
     def in_store(self) -> Tensor:
         """Indices into the encoder's tokens of what entered the visual store, in its order."""
         return self.survivors.sources[~self.survivors.tokens.token_map.structural]
+
+    @property
+    def spared(self) -> int:
+        """Positions that would be free if the survivors moved up."""
+        return 0 if self.places is None else self.room - len(self.places)
+
+    def store_positions(self) -> Tensor:
+        """Of what entered the visual store, where positions have one axis: (S,) int64 in its order."""
+        structural = self.survivors.tokens.token_map.structural
+        places = torch.arange(len(structural)) if self.places is None else self.places
+        return self.start + places[~structural]
 
 
 @dataclass(frozen=True)

@@ -37,17 +37,32 @@ class TextSpan:
         return len(self.ids)
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the survivors of a medium stand among all positions that the medium takes, where those have one axis."""
+
+    index: Tensor  # (M,) int64
+    total: int
+
+
 @dataclass(frozen=True)
 class VisualSpan:
     """Visual tokens that survived pruning, structural ones included."""
 
     tokens: VisualTokens
+    places: Places | None = None  # None: where the model puts what is there
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions it takes at most."""
+        return len(self.tokens) if self.places is None else self.places.total
+
 
 Span = TextSpan | VisualSpan
+_Part = int | TokenMap | Places
 
 
 @dataclass(frozen=True)
@@ -232,15 +247,18 @@ class Runner:
         if isinstance(pruning, _Pruning):
             pruning.after(layer, chunks, seen)
 
-    def _positions(self, parts: Sequence[int | TokenMap], start: int) -> tuple[Tensor, int]:
+    def _positions(self, parts: Sequence[_Part], start: int) -> tuple[Tensor, int]:
         """Positions (M,) or, of multimodal RoPE, (3, M) of all tokens, and the next free one.
 
-        A part is a number of text tokens or what there is of one media item.
+        A part is a number of text tokens, what there is of one media item, or where that stands.
         """
         found = []
         for part in parts:
             if isinstance(part, int):
                 positions, start = self.model.text_positions(part, start)
+            elif isinstance(part, Places):
+                places, start = self.model.text_positions(part.total, start)
+                positions = places[part.index]
             else:
                 positions, start = self.model.visual_positions(part, start)
             found.append(positions)
@@ -379,7 +397,7 @@ class _Pruning:
 
     def __init__(self, runner: Runner, cache: KVCache, spans: Sequence[Span], next_position: int, method: Method):
         self._runner, self._cache, self._method = runner, cache, method
-        self._parts, self._next_position = _parts(spans), next_position
+        self._parts, self._next_position = _maps(spans), next_position
         # Indices among this prefill's visual tokens of those that are still there, in the order of the sequence.
         self._num_visual = sum(part.num_visual for part in self._parts if not isinstance(part, int))
         self._there = torch.arange(self._num_visual)
@@ -503,9 +521,14 @@ def _joined(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([q for q, _ in rows], dim=1), torch.cat([lse for _, lse in rows], dim=1)
 
 
-def _parts(spans: Sequence[Span]) -> list[int | TokenMap]:
-    """What positions depend on: the number of text tokens, or the map of a media item."""
+def _maps(spans: Sequence[Span]) -> list[int | TokenMap]:
+    """The number of text tokens, or the map of a media item."""
     return [len(span) if isinstance(span, TextSpan) else span.tokens.token_map for span in spans]
+
+
+def _parts(spans: Sequence[Span]) -> list[_Part]:
+    """What positions depend on: the number of text tokens, the map of a media item, or the places it keeps."""
+    return [len(span) if isinstance(span, TextSpan) else span.places or span.tokens.token_map for span in spans]
 
 
 def _wanted_rows(chunk: _Chunk, rows: Rows, *, last: bool) -> Tensor:

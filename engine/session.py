@@ -169,7 +169,9 @@ class Session:
 
     def _default_frames(self, state: State) -> int:
         """What fits beside what is there, after pruning."""
-        kept = keep_count(self._engine.model.tokens_per_frame(), self._policy.of_kind("video").prefill)
+        kept = self._engine.model.tokens_per_frame()
+        if self._policy.method("video").positions != "original":
+            kept = keep_count(kept, self._policy.of_kind("video").prefill)
         free = self._engine.max_context - state.checkpoint.next_position - _ROOM_FOR_TEXT
         free -= sum(self._policy.planned_positions(item) for item in (state.media if state.stale else state.pending))
         if state.stale:  # the cache is empty, but the records will be in it again

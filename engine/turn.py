@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import ContextTooLong
+from ..errors import ContextTooLong, InvalidRequest
 from ..models.interface import ProgressFn, PromptPiece, VisualTokens, no_progress
+from ..models.positions import ContiguousPositions
 from .cache import KVCache
 from .config import Chunk, FinishReason, SamplingParams
 from .conversation import MediaItem, Placed, Policy, Record, State, pruned_inside, select
@@ -25,7 +26,7 @@ from .head_sets import HeadSets, longest
 from .meter import Meter
 from .prompt import encode_pieces
 from .rerotation import StorePositions, check_rerotation, rerotate
-from .runner import Prefilled, Span, TextSpan, VisualSpan
+from .runner import Places, Prefilled, Span, TextSpan, VisualSpan
 from .sampler import Sampler
 from .sparsity.base import Method, Survivors
 from .sparsity.registry import make_method
@@ -33,6 +34,8 @@ from .streaming import TextStream
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+_ROOM_BEHIND_MEDIA = 512  # positions left free for text where media keep the places of what was pruned
 
 
 class TurnDriver:
@@ -90,18 +93,48 @@ class TurnDriver:
         spans: list[Span] = []
         placed = []
         start = self._cache.next_position
+        stands = self._stands(state)
         for item, ids in zip(state.pending, self._texts_before_media(state), strict=True):
-            spans.append(TextSpan(ids))
-            start += len(ids)
             method = self._policy.method(item.kind)
             tokens = self._encoded(item, method)
             survivors = method.on_vision(tokens, item.kind)
             if survivors is None:
                 survivors = Survivors(tokens, torch.arange(len(tokens)))
-            placed.append(Placed(tokens, survivors, start=start))
-            spans.append(VisualSpan(survivors.tokens))
-            start += len(survivors.tokens)
+            places = Places(survivors.sources, len(tokens)) if stands and survivors.tokens is not tokens else None
+            span = VisualSpan(survivors.tokens, places)
+            if method.positions == "auto" and places is None and survivors.tokens is not tokens:
+                self._note_moved(item)
+            start += len(ids)
+            index = None if places is None else places.index
+            placed.append(Placed(tokens, survivors, start=start, room=span.num_positions, places=index))
+            spans += [TextSpan(ids), span]
+            start += span.num_positions
         return spans, placed
+
+    def _note_moved(self, item: MediaItem) -> None:
+        note = f"its {len(item.token_map):,} positions do not fit in the context: what survives pruning moves up"
+        if isinstance(self._engine.model, ContiguousPositions) and note not in item.notes:
+            item.notes += (note,)
+
+    def _stands(self, state: State) -> bool:
+        """Whether survivors of the pending media stand where they stood before pruning (`Sparsity.positions`).
+
+        A matter of what is remembered and of the media alone: no question may move them. Raises InvalidRequest where
+        positions have three axes, for which a model is loaded with another choice.
+        """
+        asked = self._method(state).positions
+        if not isinstance(self._engine.model, ContiguousPositions):
+            if asked == "original":
+                raise InvalidRequest(
+                    f"positions: {self._engine.info.architecture} has three axes, got {asked!r}",
+                    hint="choose where survivors stand when the model is loaded (--positions)",
+                )
+            return False
+        if asked != "auto":
+            return asked == "original"
+        text = sum(map(len, self._texts_before_media(state)))
+        need = self._cache.next_position + text + sum(len(item.token_map) for item in state.pending)
+        return need + min(_ROOM_BEHIND_MEDIA, self._engine.max_context // 4) <= self._engine.max_context
 
     def _encoded(self, item: MediaItem, method: Method) -> VisualTokens:
         if method.shrinks_by:
@@ -143,7 +176,10 @@ class TurnDriver:
         """
         self._method(state)
         text = sum(map(len, self._texts_before_media(state))) + len(self._question_ids(state, question))
-        planned = {item: self._policy.planned_positions(item) for item in state.pending}
+        stands = self._stands(state)
+        planned = {
+            item: len(item.token_map) if stands else self._policy.planned_positions(item) for item in state.pending
+        }
         used, room = self._cache.next_position, self._engine.max_context - self._closing_len()
         visual = sum(planned.values())
         need = used + visual + text + 1
@@ -152,8 +188,16 @@ class TurnDriver:
         raise ContextTooLong(
             f"the conversation needs {need} positions ({used} before, {visual} visual, {text} of this prompt, "
             f"1 of the answer), the context has {room}",
-            hint=_fitting_frames(planned, room - (need - visual)),
+            hint=self._advice(state, planned, room - need),
         )
+
+    def _advice(self, state: State, planned: dict[MediaItem, int], short: int) -> str:
+        """What would make a prompt fit; short: positions that are left, below 0."""
+        moving_up = sum(item.spared for item in state.placed)
+        moving_up += sum(positions - self._policy.planned_positions(item) for item, positions in planned.items())
+        if moving_up + short >= 0:
+            return "it would fit with the switch positions=contiguous, which moves up what survives pruning"
+        return _fitting_frames(planned, short + sum(planned.values()))
 
     def _closing_len(self) -> int:
         return len(self._ids(self._engine.model.prompt.closing()))
@@ -237,18 +281,18 @@ class TurnDriver:
     def _positions(self, placed: Sequence[Placed]) -> StorePositions:
         """Of every entry of the visual store, where positions have one axis."""
         device = self._engine.runner.device
-        maps = [(item.start, item.survivors.tokens.token_map) for item in placed]
-        return StorePositions.of([start + torch.nonzero(~m.structural)[:, 0].to(device) for start, m in maps])
+        return StorePositions.of([item.store_positions().to(device) for item in placed])
 
     def _prefill(
         self, spans: list[Span], method: Method, *, score: bool = False, progress: ProgressFn | None = None
     ) -> Prefilled:
         visual = sum(s.tokens.token_map.num_visual for s in spans if isinstance(s, VisualSpan))
         total = sum(len(span) for span in spans)
-        if self._cache.next_position + total > self._engine.max_context:
+        end = self._cache.next_position
+        end += sum(span.num_positions if isinstance(span, VisualSpan) else len(span) for span in spans)
+        if end > self._engine.max_context:
             raise ContextTooLong(
-                f"the conversation needs {self._cache.next_position + total} positions, "
-                f"the context has {self._engine.max_context}",
+                f"the conversation needs {end} positions, the context has {self._engine.max_context}",
                 hint="raise the prefill sparsity, or clear the conversation",
             )
         self._engine.reserve(self._cache, visual=visual, text=total - visual)

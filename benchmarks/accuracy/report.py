@@ -156,7 +156,8 @@ def _comparison(title: str, found: list[Row]) -> str:
         return ""
     groups: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in found:
-        pair = f"{row['setting']}, {row['protocol']}", f"{row['against']}, {row['against_protocol']}"
+        shown = "" if row["picture"] == "own" else f", {row['picture']} picture"
+        pair = f"{row['setting']}, {row['protocol']}{shown}", f"{row['against']}, {row['against_protocol']}{shown}"
         groups.setdefault(pair, {})[row["by"], row["group"]] = row
     rows = []
     for (ours, theirs), by in groups.items():

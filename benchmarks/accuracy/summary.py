@@ -152,12 +152,14 @@ def _accuracy_rows(task: Task, answered: Sequence[Answered], priors: dict[str, f
 
 
 def _paired_rows(tasks: Sequence[Task], answered: dict[str, list[Answered]]) -> list[dict[str, Any]]:
-    """Each setting against dense and against dice of the same counts; a history against questions alone."""
+    """Each setting against dense and against dice of the same counts; a history against questions alone.
+
+    The last also without the picture: what earlier turns' text gives away.
+    """
     rows = []
-    own = [task for task in tasks if task.picture == "own"]
-    for task in own:
-        for other in own:
-            if _is_pair(task, other):
+    for task in tasks:
+        for other in tasks:
+            if task.picture == other.picture and _is_pair(task, other):
                 fields = {**_task_fields(task), "against": other.setting.name, "against_protocol": other.protocol}
                 rows += [fields | row for row in _differences(answered[task.key], answered[other.key])]
     return rows
@@ -166,7 +168,7 @@ def _paired_rows(tasks: Sequence[Task], answered: dict[str, list[Answered]]) -> 
 def _is_pair(task: Task, other: Task) -> bool:
     if task.setting == other.setting:
         return other.protocol == "single" and task.protocol != "single"
-    if task.protocol != other.protocol:
+    if task.protocol != other.protocol or task.picture != "own":
         return False
     is_dice = other.setting.sparsity.method == "random" and task.setting.sparsity.method not in ("random", "dense")
     ours, theirs = task.setting.sparsity, other.setting.sparsity

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import InvalidRequest
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
-from ..config import Sparsity
+from ..config import Positions, Sparsity
 from ..head_scores import HeadScores
 from ..head_sets import HeadSets
 
@@ -65,6 +65,8 @@ class Method:
     switches: ClassVar[frozenset[str]] = frozenset()
     # A method that compares the encoder's keys gets them with the tokens.
     needs_keys = False
+    # Where what survives `on_vision` stands, where positions have one axis (`Sparsity.positions`).
+    positions: ClassVar[Positions] = "contiguous"
     # Whether tokens behind a pruned one move up, in the layers that it is missing from; else all keep their positions.
     renumbers = False
 

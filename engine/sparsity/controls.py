@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from ...models.interface import MediaKind, TokenMap, VisualTokens
-from ..config import Sparsity
+from ..config import Positions, Sparsity
 from .base import SHRINK_TOLERANCE, Method, Survivors, keep_count
 from .sparsevila import RETRIEVAL_SWITCHES, SparseVILA
 
@@ -40,6 +40,7 @@ class Resize(SparseVILA):
     number of tokens, a turn raises InvalidRequest. `decode` adds SparseVILA's retrieval.
     """
 
+    positions: Positions = field(default="contiguous", kw_only=True)  # what is left is whole
     switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES
 
     @property

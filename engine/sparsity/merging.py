@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.interface import MediaKind, VisualTokens
+from ..config import Sparsity
 from .base import Survivors
 from .sparsevila import RETRIEVAL_SWITCHES, SparseVILA, standing
 
@@ -44,7 +45,13 @@ class Merging(SparseVILA, ABC):
     """A method that replaces the tokens of a group by fewer. A fraction of 0 leaves everything as it is."""
 
     needs_keys = True
-    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope"}
+    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope", "positions"}
+
+    @classmethod
+    def from_policy(cls, sparsity: Sparsity) -> SparseVILA:
+        """Left alone, what is merged stands close together, as authors of such methods have it."""
+        made = super().from_policy(sparsity)
+        return made if sparsity.positions != "auto" else replace(made, positions="contiguous")
 
     def on_vision(self, tokens: VisualTokens, kind: MediaKind) -> Survivors | None:
         if self.prefill == 0:

@@ -28,7 +28,9 @@ class RandomTokens(SparseVILA):
     """
 
     seed: int = 0
-    switches: ClassVar[frozenset[str]] = frozenset({"scope", "refresh", "rerotate"})  # the others change the ranking
+    switches: ClassVar[frozenset[str]] = frozenset(
+        {"scope", "positions", "refresh", "rerotate"}
+    )  # the others change the ranking
 
     def _token_merit(self, tokens: VisualTokens) -> Tensor:
         return torch.rand(len(tokens), generator=self._dice(tokens.features))

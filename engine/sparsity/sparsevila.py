@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.top_k import top_k
 from ...models.interface import MediaKind, TokenMap, VisualTokens
-from ..config import Sparsity
+from ..config import Positions, Sparsity
 from .base import Method, Survivors, keep_count
 from .budgets import by_mass
 from .diversity import diverse
@@ -33,6 +33,7 @@ class SparseVILA(Method):
 
     scope: Literal["per_frame", "global"] = "per_frame"
     _: KW_ONLY
+    positions: Positions = "auto"
     budgets: Literal["equal", "mass"] = "equal"
     score_layers: Literal["own", "middle"] = "own"
     sets: Literal["shared", "per_kv_head"] = "shared"
@@ -40,7 +41,7 @@ class SparseVILA(Method):
     refresh: int = 0
     diversity: float = 0.0
     rerotate: bool = False
-    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope", "diversity"}
+    switches: ClassVar[frozenset[str]] = RETRIEVAL_SWITCHES | {"scope", "positions", "diversity"}
 
     @classmethod
     def from_policy(cls, sparsity: Sparsity) -> SparseVILA:

@@ -30,7 +30,7 @@ from sparsevila import (
     Sparsity,
     Video,
 )
-from sparsevila.engine.conversation import State
+from sparsevila.engine.conversation import Placed, State
 from sparsevila.engine.runner import Runner, TextSpan, VisualSpan
 from sparsevila.engine.sparsity.base import Method
 from sparsevila.models.interface import Progress
@@ -154,7 +154,7 @@ class Replay:
                 entry = next(placed)
                 tokens = entry.survivors.tokens
                 embeds.append(engine.model.embed_visual(tokens))
-                self._place(*engine.model.visual_positions(tokens.token_map, self.next_position))
+                self._place_media(entry, session.sparsity.positions)
                 self.visual.extend((~tokens.token_map.structural).tolist())
                 self.turn.extend([None] * len(tokens))
             asked = replace(record.asked, records=state.records[:t])
@@ -169,6 +169,14 @@ class Replay:
                 text(closing, t)
         self.hidden = torch.cat(embeds)
         self.active = [s.active for s in session.selections]
+
+    def _place_media(self, entry: Placed, asked: str) -> None:
+        """Three axes as the model has it; on one axis survivors stand where they stood, or all moved up."""
+        token_map, start = entry.survivors.tokens.token_map, self.next_position
+        if token_map.grid is not None or asked == "contiguous":
+            self._place(*self.engine.model.visual_positions(token_map, start))
+        else:
+            self._place(start + entry.survivors.sources, start + len(entry.tokens))
 
     def _place(self, positions: torch.Tensor, next_position: int) -> None:
         self.positions.append(positions)
@@ -235,6 +243,16 @@ class TestReplay:
                 k = max(1, int((1 - sparsity.decode) * len(store) + 0.5))
                 assert len(selection.active[layer]) == k
                 assert torch.equal(selection.active[layer], want.topk(k).indices.sort().values)
+
+    def test_survivors_that_move_up(self, llava):
+        engine, item = llava
+        session = engine.session(media=[item], sparsity=replace(SPARSE, positions="contiguous"))
+        for question in QUESTIONS:
+            session.ask(question, params=SHORT)
+        replay = Replay(session)
+        logits, _ = replay.run()
+        assert all(int(logits[row].argmax()) == token for _, row, token in replay.predicts)
+        assert replay.next_position == session._cache.next_position == len(replay.turn)
 
     def test_final_cache_is_that_of_the_masked_pass(self, media, sparsity):
         engine, item = media

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +108,8 @@ class _Sequence:
         self._model = world.engine.model
         self._embeds: list[torch.Tensor] = []
         self.visual: list[bool] = []
+        self.positions: list[int] = []
+        self.next_position = 0
         self.active: list[tuple[torch.Tensor, ...] | None] = []
 
     def __len__(self) -> int:
@@ -116,7 +118,13 @@ class _Sequence:
     def add_ids(self, ids: tuple[int, ...], active: tuple[torch.Tensor, ...] | None = None) -> None:
         self._embeds.append(self._model.decoder.embed(torch.tensor(ids, dtype=torch.long)))
         self.visual += [False] * len(ids)
+        self._place(range(len(ids)), len(ids))
         self.active += [active] * len(ids)
+
+    def _place(self, places: Iterable[int], room: int) -> None:
+        """Tokens at `places` of the next `room` positions."""
+        self.positions += [self.next_position + place for place in places]
+        self.next_position += room
 
     def _encode(self, pieces: list[Any]) -> tuple[int, ...]:
         return encode_pieces(self._world.engine.tokenizer, pieces, start=len(self) == 0)
@@ -129,6 +137,8 @@ class _Sequence:
             self.add_ids(self._encode(pieces))
             kind, tokens = self._world.encoded[item.index]
             survivors = make_method(self._policy).on_vision(tokens, kind)
+            # The context has room for all, so survivors stand where they stood.
+            self._place(range(len(tokens)) if survivors is None else survivors.sources.tolist(), len(tokens))
             tokens = tokens if survivors is None else survivors.tokens
             self._embeds.append(self._model.embed_visual(tokens))
             self.visual += (~tokens.token_map.structural).tolist()
@@ -152,7 +162,7 @@ class _Sequence:
         visual = torch.tensor(self.visual)
         store = torch.nonzero(visual)[:, 0]
         hidden = torch.cat(self._embeds)
-        cos, sin = decoder.angles(torch.arange(size))
+        cos, sin = decoder.angles(torch.tensor(self.positions))
         for index, layer in enumerate(decoder.layers):
             allowed = torch.ones(size, size, dtype=torch.bool).tril()
             for row, active in enumerate(self.active):
@@ -396,7 +406,7 @@ class SessionMachine(RuleBasedStateMachine):
             return
         sequence = written(self.world, self.said, waiting=state.prefilled)
         layers = session._cache.num_layers
-        assert checkpoint.next_position == len(sequence)
+        assert checkpoint.next_position == sequence.next_position
         assert checkpoint.visual_len == (sum(sequence.visual),) * layers
         assert checkpoint.text_len == (len(sequence) - sum(sequence.visual),) * layers
 
