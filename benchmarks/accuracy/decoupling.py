@@ -32,6 +32,7 @@ from accuracy.equal import DENSE, answers_of, difference_row, kept, on_line, sha
 from accuracy.prices import Sample, Seconds
 from accuracy.questions import LAYOUTS, Item, count, item_of
 from accuracy.run import CHUNK, shown_name, to_json
+from accuracy.scoring import paired_difference
 from accuracy.summary import Answered
 from accuracy.workfile import checksum_of_checkpoint, checksum_of_sources
 from environment import describe
@@ -97,12 +98,15 @@ def _priced(sample: Sample, setting: Setting, seconds: Seconds) -> dict[str, Any
 
 def judged(row: dict[str, Any], ours: Sequence[Answered], both: Sequence[Answered]) -> dict[str, Any]:
     """A row with shares of right answers, and what it has over the setting with both sparsities."""
-    lists = [one.facts for one in ours if one.facts is not None]
+    told = {one.key: one.facts for one in both}
+    lists = [(one.item.key, one.facts, told[one.key]) for one in ours if one.facts is not None]
+    keys, own, theirs = zip(*lists, strict=True)
     return {
         **row,
         "answers": {"all": share_row(ours), "long": share_row([one for one in ours if one.question.is_long])},
-        "facts": fmean(lists),
+        "facts": fmean(own),
         "against_both": difference_row(ours, both),
+        "facts_against_both": asdict(paired_difference(keys, own, theirs)),
     }
 
 

@@ -66,7 +66,12 @@ EQUAL = {
 def timed(name: str, setting: str, seconds: tuple[float, ...], *, met: bool = True) -> dict:
     stages = dict(zip(decoupling.STAGES, seconds, strict=True))
     made = {"name": name, "setting": setting, "met": met, "seconds": {**stages, "total": sum(seconds)}}
-    return made | {"answers": {"all": share(60)}, "facts": 0.5, "against_both": difference(0.1)}
+    return made | {
+        "answers": {"all": share(60)},
+        "facts": 0.5,
+        "against_both": difference(0.1),
+        "facts_against_both": difference(-0.1),
+    }
 
 
 DECOUPLING = {
@@ -170,7 +175,8 @@ class TestSections:
         assert "| sparsevila:0/0.99: cannot |" in found["decode alone"]
         assert "still takes 190.0 ms" in text
         assert "Decoding is 45% of dense" in text
-        assert found["both"].endswith("| 50.0 |  |")
+        assert found["both"].endswith("| 60.0 [50.0, 70.0] |  | 50.0 |  |")
+        assert found["dense"].endswith("| +10.0 [+5.0, +15.0] | 50.0 | -10.0 [-15.0, -5.0] |")
 
     def test_widths_of_a_large_model(self, tmp_path):
         run = {"encode": 100.0, "prefill": 100.0, "retrieval": 0.0, "decode": 50.0, "visual_total": 2304}
