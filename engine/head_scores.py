@@ -27,7 +27,7 @@ def read_head_scores(path: Path, *, num_layers: int, num_heads: int) -> HeadScor
     if not folder.has(path.name):
         raise InvalidRequest(
             f"scores of attention heads: {path} does not exist",
-            hint="python benchmarks/head_scores.py --model FOLDER makes it; or name one as head_scores",
+            hint="`python benchmarks/head_scores.py --model FOLDER` makes it; --switch head_scores=FILE names another",
         )
     rows = folder.read_json(path.name, required=True, max_bytes=_MAX_BYTES).get("scores")
     if not isinstance(rows, list) or not all(isinstance(row, list) and all(map(_is_score, row)) for row in rows):

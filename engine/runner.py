@@ -384,6 +384,7 @@ class _Eviction:
     def after(self, layer: int, seen: list[tuple[Tensor, Tensor]]) -> None:
         """Evicts from a layer's store; seen: q and lse of the rows behind the media, chunk by chunk."""
         q, lse = _joined(seen)
+        assert q.shape[1], "a method that evicts by head needs the question"
         q, lse = q[:, -self._method.window :], lse[:, -self._method.window :]
         keys = self._cache.last_visual_keys(layer, self._num_visual)
         scores = retrieval(q, keys, lse, per_head=True) / (q.shape[0] // len(keys) * q.shape[1])

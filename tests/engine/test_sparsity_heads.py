@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sparsevila
 from sparsevila import CorruptCheckpoint, Engine, Image, InvalidRequest, SamplingParams, Session, Sparsity, Video
+from sparsevila.engine.conversation import Placed
 from sparsevila.engine.decode_step import DecodeStep
 from sparsevila.engine.diagnostics import ACTIVE, KEPT, Selection, overlap
 from sparsevila.engine.head_scores import HEAD_SCORES
@@ -31,6 +32,7 @@ from sparsevila.engine.sparsity.base import Method
 from sparsevila.engine.sparsity.sparsemm import SparseMM, budgets
 from sparsevila.engine.sparsity.sparsevila import SparseVILA
 from sparsevila.models.interface import TokenMap, VisualTokens
+from sparsevila.models.positions import ContiguousPositions
 
 SHORT = SamplingParams(max_new_tokens=5)
 QUESTIONS = ("What is it?", "Which colour is the car on the left?", "And then?")
@@ -146,6 +148,7 @@ class Plain:
         self.keeps = 1 - policy.prefill if policy.method == "sparsemm" else 1.0
         self.reads = 1 - policy.decode
         self.parts: list[tuple[int, ...] | VisualTokens] = []
+        self.media: dict[int, Placed] = {}  # by the part
         self.turns: list[PlainTurn] = []
         self.answers: list[tuple[int, int]] = []  # row, the token that came after it
         self.size = 0
@@ -156,7 +159,9 @@ class Plain:
             for i, _ in enumerate(record.media):
                 pieces = prompt.between_media() if i else driver._opening(record.before)
                 self.add(driver._ids(pieces, start=t == 0 and i == 0))
-                tokens = next(placed).survivors.tokens
+                item = next(placed)
+                tokens = item.survivors.tokens
+                self.media[len(self.parts)] = item
                 layout = tokens.token_map.structural.tolist()
                 visual += [row for row, is_layout in zip(self.add(tokens), layout, strict=True) if not is_layout]
             question = self.add(driver._question_ids(replace(record.asked, records=state.records[:t]), record.question))
@@ -172,9 +177,13 @@ class Plain:
         return range(self.size - len(part), self.size)
 
     def positions(self) -> Tensor:
+        """On one axis survivors stand where they stood; on three the model says where."""
         found, start = [], 0
-        for part in self.parts:
-            if isinstance(part, VisualTokens):
+        for i, part in enumerate(self.parts):
+            if isinstance(part, VisualTokens) and isinstance(self.model, ContiguousPositions):
+                positions = start + self.media[i].survivors.sources
+                start += len(self.media[i].tokens)
+            elif isinstance(part, VisualTokens):
                 positions, start = self.model.visual_positions(part.token_map, start)
             else:
                 positions, start = self.model.text_positions(len(part), start)
