@@ -12,7 +12,8 @@ TEXT = """## What is not shown
 - **Public benchmarks.** No data set was at hand. Readers and metrics are there ([evaluation.md](evaluation.md)); their
   scores are not.
 - **GPUs.** Nothing here was timed on one, nor on the paper's RTX A6000. Seconds are of one CPU thread and of a model
-  whose decode steps are bound by calls: decode sparsity can hardly show in them. What it saves is in the counts.
+  whose decode steps spend most of their time on weights and calls: decode sparsity can hardly show in them. What it
+  saves is in the counts of tokens and bytes.
 - **The paper's speed-ups.** They are of 7B models with 8-bit towers and 4-bit decoders; what a CPU makes of such
   shapes is in the [README](../README.md#what-is-measured), apart from accuracy.
 - **Other seeds of training.** There is one checkpoint. Intervals are over questions, not over trainings, and the
