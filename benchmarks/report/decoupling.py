@@ -74,8 +74,8 @@ def _cannot(row: Row, rows: list[Row]) -> str:
     return (
         f"*{row['name']}* cannot reach the time of both ({1e3 * both['total']:.1f} ms): its strongest setting, "
         f"`{row['setting']}`, still takes {1e3 * own['total']:.1f} ms. Decoding is {share:.0%} of dense, and with "
-        f"{read:.0%} of the visual entries read it keeps {own['decode'] / dense['decode']:.0%} of its time: in so small "
-        "a model the rest is weights and calls, which no sparsity of tokens touches."
+        f"{read:.0%} of the visual entries read it keeps {own['decode'] / dense['decode']:.0%} of its time: in so "
+        "small a model the rest is weights and calls, which no sparsity of tokens touches."
     )
 
 
