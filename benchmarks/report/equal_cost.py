@@ -34,7 +34,8 @@ def section(results: Path, figures: Path) -> str:
         f"those removed in prefill and decode. {asked} questions; *alone*: each by itself; *first* and *later turns*: "
         "the dialogue in one session, questions and answers forgotten. In brackets 95 % intervals; differences are "
         "percentage points on the same questions, intervals by bootstrap over samples. *dialogue costs*: later turns "
-        "against the same questions alone; a method that prunes without the question gives the same ones, bit for bit."
+        "against the same questions alone; a method that prunes without the question gives the same ones, bit for bit. "
+        "Intervals are of one comparison each, not of all of them together."
     )
     budgets = list(dict.fromkeys(row["budget"] for row in data["rows"]))
     parts = [f"## Methods at the same cost\n\n{lead}\n\n{command_of(data)}"]
@@ -54,7 +55,19 @@ def _budget(data: Row, budget: str) -> str:
     )  # fmt: skip
     prices = {one["setting"]: one for one in data["settings"]}
     body = table(head, [_line(row, measure, prices) for row in rows])
-    return f"{title}\n\n{NOTES[measure]}\n\n{body}"
+    return f"{title}\n\n{NOTES[measure]}\n\n{body}\n\n{verdict(rows)}"
+
+
+def verdict(rows: list[Row]) -> str:
+    """Which methods answer fewer, more or as many later turns as SparseVILA, by the intervals of the differences."""
+    found = [(row["method"], row["against_ours"]["later"]) for row in rows if row.get("against_ours")]
+    found = [(method, gap) for method, gap in found if method != "sparsevila"]
+    fewer = [method for method, gap in found if gap["high"] < 0]
+    more = [method for method, gap in found if gap["low"] > 0]
+    open_ones = [method for method, _ in found if method not in (*fewer, *more)]
+    groups = {"fewer right than SparseVILA": fewer, "more": more, "not told apart": open_ones}
+    told = [f"{name}: {', '.join(methods)}" for name, methods in groups.items() if methods]
+    return f"Later turns, {'; '.join(told)}." if told else "Nothing is compared with SparseVILA here."
 
 
 def _target(data: Row, row: Row, measure: str, reference: str) -> float:

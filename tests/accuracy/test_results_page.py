@@ -164,6 +164,13 @@ class TestSections:
         assert found["sparsevila"].endswith("|  |  | 0: the same answers |")
         assert found["pdrop"].startswith("| pdrop | cannot: the least it takes is 2.9 |")
 
+    def test_a_verdict_follows_from_the_intervals(self, results):
+        text = equal_cost.section(results, results)
+        assert "\nLater turns, fewer right than SparseVILA: fastv; more: dense." in text
+        undecided = [EQUAL["rows"][1], row("fastv", "fastv:0.9/0", 2.51, later=-0.04)]
+        assert equal_cost.verdict(undecided) == "Later turns, not told apart: fastv."
+        assert "Nothing is compared" in equal_cost.verdict([row("pdrop", None, 2.9)])
+
     def test_points_of_the_plot(self):
         methods = accuracy_cost.by_method(EQUAL)
         assert list(methods) == ["sparsevila", "fastv"]
