@@ -368,9 +368,13 @@ class Plain:
 
     def place(self, entry: Any) -> None:
         tokens = entry.survivors.tokens
-        positions, self.next_position = self.engine.model.visual_positions(tokens.token_map, self.next_position)
+        if self.decoder.config.rope.sections or self.policy.positions == "contiguous":
+            positions, self.next_position = self.engine.model.visual_positions(tokens.token_map, self.next_position)
+        else:  # they stand where they stood
+            positions = self.next_position + entry.survivors.sources
+            self.next_position += len(entry.tokens)
         visual = (~tokens.token_map.structural).tolist()
-        self._add(self.engine.model.embed_visual(tokens), positions, visual, None, entry.start)
+        self._add(self.engine.model.embed_visual(tokens), positions, visual, None, max(self.medium) + 1)
         self.saliency += [s for s, v in zip(tokens.saliency.tolist(), visual, strict=True) if v]
 
     def text(self, ids: Sequence[int], reads: int | None = None) -> None:
@@ -465,6 +469,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 ALONE = {
     "none": {}, "budgets": {"budgets": "mass"}, "score_layers": {"score_layers": "middle"}, "sinks": {"sinks": 3},
     "refresh": {"refresh": 4}, "rerotate": {"rerotate": True},
+    "rerotate, moved up": {"rerotate": True, "positions": "contiguous"},
     "many": {"budgets": "mass", "sinks": 2, "refresh": 3, "rerotate": True, "diversity": 0.5},
 }  # fmt: skip
 
