@@ -10,7 +10,10 @@ from report.markdown import figure
 from report.measured import Row, command_of, read
 
 SOURCE = "equal_demo.json"
-COMMAND = "python benchmarks/accuracy/equal.py --model demo --processes 2 --out benchmarks/results/equal_demo.json"
+COMMAND = (
+    "python benchmarks/accuracy/equal.py --model demo --processes 2 --questions 1400 "
+    "--out benchmarks/results/equal_demo.json"
+)
 PANELS = {"single": "each question by itself", "later": "later turns of a dialogue"}
 
 

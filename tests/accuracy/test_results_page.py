@@ -235,6 +235,7 @@ class TestReadme:
         made = summary.block(results)
         assert "the same 62% of dense's operations" in made
         assert "120 questions" in made
+        assert made.endswith("\n\n`python one.py`")
         assert "| `sparsevila:0.6/0.75` | 50.0 | 40.0 |  |" in made
         assert "| `fastv:0.9/0` | 50.0 | 40.0 | -20.0 [-25.0, -15.0] |" in made
         assert "| pdrop | cannot |  |  |" in made
