@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from environment import describe
 from world.labels import COVER_SHARE
 from world.sample import QA, Sample, Thing
 from world.splits import make
+
+T = TypeVar("T")
 
 CHUNK = 4  # samples that a process takes at once
 
@@ -191,10 +193,10 @@ def _ask_chunk(items: Sequence[Item], *, folder: str, prefill: float, decode: fl
         return found
 
 
-def ask_all(items: Sequence[Item], processes: int, ask_chunk: Callable[[Sequence[Item]], list[Asked]]) -> list[Asked]:
-    """All answers, in the order of the items."""
+def ask_all(items: Sequence[Item], processes: int, ask_chunk: Callable[[Sequence[Item]], list[T]]) -> list[T]:
+    """What `ask_chunk` makes of all items, a few at a time in each process, in the order of the items."""
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    found: list[Asked] = []
+    found: list[T] = []
     with get_context("spawn").Pool(processes) as pool:
         for number, answers in enumerate(pool.imap(ask_chunk, chunks), 1):
             found += answers

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...errors import InvalidRequest
 from ...models.interface import MediaKind, TokenMap, VisualTokens
+from ..config import Positions
 from .base import Method, Survivors
 from .sparsevila import SparseVILA, standing
 
@@ -60,6 +62,7 @@ class ChosenTokens(Method):
     """Exactly the encoder's tokens `keep`, indices into those of one medium, and the structural ones by them."""
 
     keep: tuple[int, ...] = ()
+    positions: ClassVar[Positions] = "auto"
 
     def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
         return len(self.keep)
