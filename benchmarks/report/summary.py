@@ -28,7 +28,8 @@ def block(results: Path) -> str:
         "[docs/results.md](docs/results.md) has all methods, equal tokens and equal time, and what is not shown."
     )
     head = ("method", "alone", "later turns", "points against SparseVILA")
-    return f"{lead}\n\n{table(head, [_line(rows[name]) for name in SHOWN if name in rows])}\n\n`{data['environment']['command']}`"
+    made = table(head, [_line(rows[name]) for name in SHOWN if name in rows])
+    return f"{lead}\n\n{made}\n\n`{data['environment']['command']}`"
 
 
 def _line(row: Row) -> tuple[str, ...]:

@@ -29,17 +29,25 @@ def section(results: Path, figures: Path) -> str:
     _draw(found, figures / "switches.png")
     whole = {row["setting"]: row for row in data["rows"] if row["by"] == "all" and row["picture"] == "own"}
     costs = {row["setting"]: row for row in data["costs"] if row["by"] == "all"}
-    rows = [(f"`{BASE}`", interval(whole[BASE]), "", "", _reads(costs[BASE]), _milliseconds(costs[BASE]))]
-    for name, groups in found.items():
-        both = points(groups["all"]), points(groups["long"])
-        own = _reads(costs[name]), _milliseconds(costs[name])
-        rows.append((f"`{name.removeprefix(BASE + ':')}`", interval(whole[name]), *both, *own))
+    agreed = {row["setting"]: row for row in data["agreement"] if row["by"] == "all"}
+
+    def line(name: str, differences: tuple[str, str]) -> tuple[str, ...]:
+        cost, kl = costs[name], f"{agreed[name]['kl']:.4f}" if name in agreed else ""
+        spent = 1e3 * (cost["retrieval_s"] + cost["decode_s"])
+        shown = name.removeprefix(BASE + ":")
+        return (f"`{shown}`", interval(whole[name]), *differences, kl, f"{cost['visual_active']:.1f}", f"{spent:.2f}")
+
+    rows = [line(BASE, ("", ""))]
+    rows += [line(name, (points(groups["all"]), points(groups["long"]))) for name, groups in found.items()]
     lead = (
         f"Each switch beside `{BASE}`, which has none: right answers, and differences in percentage points on the same "
         f"questions ({whole[BASE]['n']}), with 95 % intervals. Long questions ask for lists: there alone can decode "
-        "sparsity change an answer beyond its first token."
+        "sparsity change an answer beyond its first token. *KL*: of the next token's distribution against dense "
+        "decoding over what the same setting's prefill kept, from the second token on."
     )
-    head = ("switch", "right, %", "points", "points, long", "visual tokens read", "retrieval and decode, ms")
+    head = (
+        "switch", "right, %", "points", "points, long", "KL, nats", "visual tokens read", "retrieval and decode, ms"
+    )  # fmt: skip
     text = [f"## Switches\n\n{lead}", table(head, rows), figure("switches.png", "Differences with their intervals")]
     return "\n\n".join([*text, command_of(data)])
 
@@ -55,14 +63,6 @@ def against(data: Row) -> dict[str, dict[str, Row]]:
         ):
             found.setdefault(row["setting"], {})[row["group"]] = row
     return found
-
-
-def _reads(cost: Row) -> str:
-    return f"{cost['visual_active']:.1f}"
-
-
-def _milliseconds(cost: Row) -> str:
-    return f"{1e3 * (cost['retrieval_s'] + cost['decode_s']):.2f}"
 
 
 def _draw(found: dict[str, dict[str, Row]], path: Path) -> None:

@@ -97,6 +97,7 @@ SWITCHES = {
         {"setting": name, "by": "all", "visual_active": 32.0, "retrieval_s": 0.001, "decode_s": 0.02}
         for name in (BASE, SWITCHED)
     ],
+    "agreement": [{"setting": SWITCHED, "by": "all", "kl": 0.012}],
     "paired": [
         {"setting": SWITCHED, "against": other, "protocol": "single", "against_protocol": "single", "group": group}
         | difference(0.02)
@@ -217,8 +218,8 @@ class TestSections:
 
     def test_switches(self, results):
         text = switches.section(results, results / "figures")
-        assert "| `sparsevila:0.6/0.75` | 50.0 [40.0, 60.0] |  |  | 32.0 | 21.00 |" in text
-        line = "| `refresh=8` | 52.0 [42.0, 62.0] | +2.0 [-3.0, +7.0] | +2.0 [-3.0, +7.0] | 32.0 | 21.00 |"
+        assert "| `sparsevila:0.6/0.75` | 50.0 [40.0, 60.0] |  |  |  | 32.0 | 21.00 |" in text
+        line = "| `refresh=8` | 52.0 [42.0, 62.0] | +2.0 [-3.0, +7.0] | +2.0 [-3.0, +7.0] | 0.0120 | 32.0 | 21.00 |"
         assert line in text
         (results / switches.SOURCE).write_text(json.dumps({**SWITCHES, "paired": []}))
         with pytest.raises(ValueError, match="with switches, got none"):
