@@ -65,10 +65,13 @@ class Method:
     switches: ClassVar[frozenset[str]] = frozenset()
     # A method that compares the encoder's keys gets them with the tokens.
     needs_keys = False
-    # Where what survives `on_vision` stands, where positions have one axis (`Sparsity.positions`).
-    positions: ClassVar[Positions] = "contiguous"
     # Whether tokens behind a pruned one move up, in the layers that it is missing from; else all keep their positions.
     renumbers = False
+
+    @property
+    def positions(self) -> Positions:
+        """Where what survives `on_vision` stands, where positions have one axis (`Sparsity.positions`)."""
+        return "contiguous"
 
     @property
     def needs_question(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,7 +61,10 @@ class ChosenTokens(Method):
     """Exactly the encoder's tokens `keep`, indices into those of one medium, and the structural ones by them."""
 
     keep: tuple[int, ...] = ()
-    positions: ClassVar[Positions] = "auto"
+
+    @property
+    def positions(self) -> Positions:
+        return "auto"
 
     def planned_keep(self, token_map: TokenMap, kind: MediaKind) -> int:
         return len(self.keep)
