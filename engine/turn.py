@@ -100,9 +100,10 @@ class TurnDriver:
             survivors = method.on_vision(tokens, item.kind)
             if survivors is None:
                 survivors = Survivors(tokens, torch.arange(len(tokens)))
-            places = Places(survivors.sources, len(tokens)) if stands and survivors.tokens is not tokens else None
+            was_pruned = 0 < len(survivors.tokens) < len(tokens)
+            places = Places(survivors.sources, len(tokens)) if stands and was_pruned else None
             span = VisualSpan(survivors.tokens, places)
-            if method.positions == "auto" and places is None and survivors.tokens is not tokens:
+            if method.positions == "auto" and was_pruned and places is None:
                 self._note_moved(item)
             start += len(ids)
             index = None if places is None else places.index
