@@ -575,6 +575,20 @@ class TestSession:
         assert got[0] == got[1]
         assert_same(one, other)
 
+    @pytest.mark.parametrize("method", ["random", "visionzip", "prumerge+"])
+    def test_other_methods_keep_the_promise_with_all_they_take(self, shown, method, monkeypatch):
+        engine, item = shown
+        wanted = {"budgets": "mass", "sinks": 2, "refresh": 4, "rerotate": True}
+        taken = {name: value for name, value in wanted.items() if name in METHODS[method].switches}
+        policy = fitting(engine, Sparsity(0.4, 0.7, method, **taken))
+        sets = watched(monkeypatch)
+        one, other = (engine.session(media=[item], sparsity=policy) for _ in range(2))
+        one.ask(QUESTIONS[1], params=PARAMS, remember=False)
+        assert len(sets) == 3
+        for session in (one, other):
+            session.ask(QUESTIONS[0], params=PARAMS)
+        assert_same(one, other)
+
     def test_interleaved_sessions_equal_separate_ones(self, shown, many):
         engine, item = shown
         mixed = [engine.session(media=[item], sparsity=policy) for policy in (many, Sparsity(0.3, 0.7))]
