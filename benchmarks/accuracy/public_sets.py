@@ -12,8 +12,10 @@ videomme        videomme/test-*.parquet, data/*.mp4         (huggingface.co/data
 mlvu            json/*.json, video/<name of the json>/      (huggingface.co/datasets/MLVU/MVLU)
 nextqa          val.csv or test.csv, map_vid_vidorID.json, videos/   (github.com/doc-doc/NExT-QA)
 longvideobench  lvb_val.json, videos/                       (huggingface.co/datasets/longvideobench/LongVideoBench)
+robovqa         robovqa_benchmark_qa_pairs.json, clips/     (robovqa in huggingface.co/datasets/nvidia/
+                                                             Cosmos-Reason1-Benchmark: its questions with options)
 
-The parquet file needs pyarrow. Prompts are those of lmms-eval's tasks of the same names.
+RoboVQA's own release, TFRecords of free answers that BLEU scores, is not read. The parquet file needs pyarrow. Prompts are those of lmms-eval's tasks of the same names.
 """
 
 from __future__ import annotations
@@ -200,6 +202,19 @@ def _longvideobench(folder: Path) -> Iterator[PublicQuestion]:
         yield PublicQuestion(str(_field(row, "id", path)), media, question, (truth,), group)
 
 
+def _robovqa(folder: Path) -> Iterator[PublicQuestion]:
+    path = folder / "robovqa_benchmark_qa_pairs.json"
+    for number, row in enumerate(_json(path)):
+        asked = _field(row, "qa_pairs", path)
+        options, right = _field(asked, "index2ans", path), _field(asked, "answer", path)
+        if right not in options:
+            raise MissingData(f"{path}: entry {number}: the answer {right!r} is none of {sorted(options)}")
+        question = "\n".join(
+            [_field(asked, "question", path), *(f"{letter}. {text}" for letter, text in options.items())]
+        )
+        yield PublicQuestion(str(number), folder / _field(row, "video", path), question, (right,))
+
+
 SETS: dict[str, PublicSet] = {
     "ai2d": PublicSet(_ai2d, choice, _OPTION, "image"),
     "docvqa": PublicSet(_docvqa, anls, _WORD, "image"),
@@ -211,6 +226,7 @@ SETS: dict[str, PublicSet] = {
     "mlvu": PublicSet(_mlvu, choice, _OPTION, "video"),
     "nextqa": PublicSet(_nextqa, choice, _OPTION, "video"),
     "longvideobench": PublicSet(_longvideobench, choice, _OPTION, "video"),
+    "robovqa": PublicSet(_robovqa, choice, _OPTION, "video"),
 }
 
 

@@ -100,8 +100,13 @@ def longvideobench(folder: Path) -> None:
     put(folder / "lvb_val.json", [row])
 
 
+def robovqa(folder: Path) -> None:
+    asked = {"question": "Is it possible to open the door?", "index2ans": {"A": "yes", "B": "no"}, "answer": "B"}
+    put(folder / "robovqa_benchmark_qa_pairs.json", [{"video": "clips/1.mp4", "qa_pairs": asked}])
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
-    f.__name__: f for f in (ai2d, docvqa, gqa, pope, textvqa, chartqa, videomme, mlvu, nextqa, longvideobench)
+    f.__name__: f for f in (ai2d, docvqa, gqa, pope, textvqa, chartqa, videomme, mlvu, nextqa, longvideobench, robovqa)
 }
 # How many questions, the first one's media below the folder, its right answers, a right and a wrong reply.
 WANTED = {
@@ -115,6 +120,7 @@ WANTED = {
     "mlvu": (1, "video/2_needle/v.mp4", ("B",), "(B) blue", "A"),
     "nextqa": (1, "videos/1164/4010.mp4", ("D",), "D", "E"),
     "longvideobench": (1, "videos/x.mp4", ("B",), "The answer is B.", "A"),
+    "robovqa": (1, "clips/1.mp4", ("B",), "B. no", "A"),
 }
 
 
@@ -132,6 +138,13 @@ def test_a_published_file_is_read(name: str, tmp_path: Path) -> None:
     assert questions[0].truths == truths
     assert SETS[name].metric(right, truths) == 1
     assert SETS[name].metric(wrong, truths) == 0
+
+
+def test_an_answer_that_is_no_option_is_named(tmp_path: Path) -> None:
+    asked = {"question": "Is it?", "index2ans": {"A": "yes"}, "answer": "C"}
+    put(tmp_path / "robovqa_benchmark_qa_pairs.json", [{"video": "clips/1.mp4", "qa_pairs": asked}])
+    with pytest.raises(MissingData, match=r"entry 0: the answer 'C' is none of \['A'\]"):
+        read("robovqa", tmp_path)
 
 
 def test_options_stand_behind_their_letters(tmp_path: Path) -> None:
