@@ -15,7 +15,8 @@ longvideobench  lvb_val.json, videos/                       (huggingface.co/data
 robovqa         robovqa_benchmark_qa_pairs.json, clips/     (robovqa in huggingface.co/datasets/nvidia/
                                                              Cosmos-Reason1-Benchmark: its questions with options)
 
-RoboVQA's own release, TFRecords of free answers that BLEU scores, is not read. The parquet file needs pyarrow. Prompts are those of lmms-eval's tasks of the same names.
+RoboVQA's own release, TFRecords of free answers that BLEU scores, is not read. The parquet file needs pyarrow. Prompts
+are those of lmms-eval's tasks of the same names; RoboVQA, which has none, is asked as the others with options.
 """
 
 from __future__ import annotations
