@@ -3,9 +3,11 @@
     python benchmarks/head_scores.py --model FOLDER [--samples 150] [--out FOLDER/head_scores.json]
 
 Shows held-out validation samples of the drawn world and asks for the texts in them, the true answer given token by
-token. For every token that the model would have said itself, a head scores where the visual token it looks at most
-touches the region that the answer needs. A score is the share of those tokens.
-Source: arXiv 2506.05344, section 3; theirs are found on scanned texts with boxes.
+token. For every token that the model would have said itself, a head scores where what it looks at most, text included,
+is a visual token that touches the region that the answer needs: one over the number of tokens that do. A score is the
+mean over those tokens.
+Source: arXiv 2506.05344, section 3, and the authors' code; they have the model read synthetic documents with boxes, and
+count the tokens of its transcript that occur in one box alone.
 """
 
 from __future__ import annotations
@@ -46,13 +48,13 @@ READING = frozenset(
 class Tally:
     """Over all tokens that were read."""
 
-    hits: Tensor  # (layers, query heads) int64
+    hits: Tensor  # (layers, query heads) float64, each hit by its weight
     tokens: int = 0  # that the model would have said itself
     asked: int = 0  # of all answers
 
-    def add(self, hits: Tensor, right: Tensor) -> None:
-        """hits (layers, heads, tokens) bool, right (tokens,) bool."""
-        self.hits += hits[..., right].sum(dim=-1)
+    def add(self, hits: Tensor, right: Tensor, size: int) -> None:
+        """hits (layers, heads, tokens) bool, right (tokens,) bool; size: visual tokens that the region touches."""
+        self.hits += hits[..., right].sum(dim=-1).double() / max(1, size)
         self.tokens += int(right.sum())
         self.asked += len(right)
 
@@ -74,8 +76,9 @@ def frames_of(sample: Sample) -> Frames:
 
 
 @torch.inference_mode()
-def watch(engine: Engine, tokens: VisualTokens, sample: Sample, qa: QA) -> tuple[Tensor, Tensor]:
-    """hits (layers, heads, tokens of the answer) bool, and which of the tokens the model would have said, (tokens,)."""
+def watch(engine: Engine, tokens: VisualTokens, sample: Sample, qa: QA) -> tuple[Tensor, Tensor, int]:
+    """hits (layers, heads, tokens of the answer) bool; which of the tokens the model would have said, (tokens,) bool;
+    how many visual tokens the region touches."""
     model, tokenizer = engine.model, engine.tokenizer
     decoder, device = model.decoder, engine.runner.device
     before = encode_pieces(tokenizer, model.prompt.opening(first=True, system=None), start=True)
@@ -93,25 +96,27 @@ def watch(engine: Engine, tokens: VisualTokens, sample: Sample, qa: QA) -> tuple
     inside, start = model.visual_positions(tokens.token_map, start)
     last, _ = model.text_positions(len(text), start)
     cos, sin = decoder.angles(torch.cat([first, inside, last], dim=-1).to(device))
-    visual = torch.nonzero(~tokens.token_map.structural)[:, 0]
-    wanted = touched(tokens.token_map, regions_of(sample, qa))[visual].to(device)
-    columns = (len(before) + visual).to(device)
+    shown = touched(tokens.token_map, regions_of(sample, qa)) & ~tokens.token_map.structural
+    wanted = torch.zeros(len(hidden), dtype=torch.bool)
+    wanted[len(before) : len(before) + len(tokens)] = shown
+    wanted = wanted.to(device)
+    later = torch.ones(len(answer), len(hidden), dtype=torch.bool, device=device).triu(len(hidden) - len(answer) + 1)
     hits = []
     for index in range(len(decoder.layers)):
         layer = decoder.layer(index)
         q, k, v = layer.project(hidden, cos, sin)
-        keys = k[:, columns].repeat_interleave(len(q) // len(k), 0)
-        best = (q[:, -len(answer) :] @ keys.transpose(1, 2)).argmax(dim=-1)  # (heads, tokens): softmax keeps the order
-        hits.append(wanted[best])
+        keys = k.repeat_interleave(len(q) // len(k), 0)
+        dots = (q[:, -len(answer) :] @ keys.transpose(1, 2)).masked_fill(later, -torch.inf)
+        hits.append(wanted[dots.argmax(dim=-1)])  # (heads, tokens): a softmax keeps the order
         hidden = layer.finish(hidden, attention(q, k, v, causal=True)[0])
     said = decoder.logits(hidden[-len(answer) :]).argmax(dim=-1)
-    return torch.stack(hits).cpu(), (said == torch.tensor(answer, device=device)).cpu()
+    return torch.stack(hits).cpu(), (said == torch.tensor(answer, device=device)).cpu(), int(shown.sum())
 
 
 def measure(engine: Engine, samples: int) -> Tally:
     """Over the first `samples` validation samples of each kind."""
     config = engine.model.decoder.config
-    tally = Tally(torch.zeros(config.num_layers, config.num_heads, dtype=torch.int64))
+    tally = Tally(torch.zeros(config.num_layers, config.num_heads, dtype=torch.float64))
     for kind in KINDS:
         for seed in VALIDATION[:samples]:
             sample = make(kind, seed)
@@ -141,7 +146,7 @@ def record(tally: Tally, *, model_sha256: str, samples: int) -> dict[str, Any]:
         raise SystemExit(f"expected a model that reads some of these texts, got 0 of {tally.asked} tokens right")
     environment = describe()
     return {
-        "scores": [[round(int(hits) / tally.tokens, 6) for hits in row] for row in tally.hits],
+        "scores": [[round(float(hits) / tally.tokens, 6) for hits in row] for row in tally.hits],
         "tokens": tally.tokens,
         "tokens_asked": tally.asked,
         "data": "benchmarks/world",

@@ -1,10 +1,10 @@
 """SparseMM: a few heads do the seeing, so each key head keeps as much of a picture as it was found to look there.
 
 Source: arXiv 2506.05344, sections 3 and 4. Offline, heads are scored by how often what they look at most is where the
-answer stands (`benchmarks/head_scores.py`). Every head gets a uniform floor of entries and a share of the rest by its
-score; the number of all is fixed. Which entries a head keeps, SnapKV's scoring says (arXiv 2404.14469, section 4): the
-attention of the prompt's last 32 queries, mean over rows, smoothed over 5 neighbours. What is not kept is evicted, for
-later questions too; kept keys keep their positions.
+answer stands in the picture (`benchmarks/head_scores.py`). Every head gets a uniform floor of entries and a share of
+the rest by its score; the number of all is fixed. Which entries a head keeps, SnapKV's scoring says (arXiv 2404.14469,
+section 4): the attention of the prompt's last 32 queries, mean over rows, smoothed over 5 neighbours. What is not kept
+is evicted, for later questions too; kept keys keep their positions.
 
 Where it leaves its authors:
 - Only visual entries compete. Text always stays, of whatever age, so their local window of 32 entries stays with it.
@@ -18,6 +18,7 @@ Where it leaves its authors:
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -130,7 +131,10 @@ def budgets(merits: Sequence[float], n: int, share: float) -> list[int]:
         open_heads = [head for head in by_fraction if counts[head] < n]
         for head in open_heads[:missing]:
             counts[head] += 1
-    while sum(counts) > total:  # where many had to get their one
-        largest = max(heads, key=lambda head: (counts[head], -head))
-        counts[largest] -= 1
+    excess = [(-count, head) for head, count in enumerate(counts)]
+    heapq.heapify(excess)
+    for _ in range(sum(counts) - total):  # where many had to get their one: the largest give, ties from the lower head
+        count, head = heapq.heappop(excess)
+        counts[head] -= 1
+        heapq.heappush(excess, (count + 1, head))
     return counts

@@ -50,7 +50,7 @@ def test_hits_equal_the_whole_softmax(engine: Engine, kind: str) -> None:
     qa = next(readings(sample))
     with torch.inference_mode():
         tokens = engine.model.encode(engine.model.preprocess(frames_of(sample)))
-        hits, right = watch(engine, tokens, sample, qa)
+        hits, right, size = watch(engine, tokens, sample, qa)
         model, tokenizer, decoder = engine.model, engine.tokenizer, engine.model.decoder
         before = encode_pieces(tokenizer, model.prompt.opening(first=True, system=None), start=True)
         question = encode_pieces(tokenizer, model.prompt.question(qa.question, after_media=True), start=False)
@@ -61,22 +61,24 @@ def test_hits_equal_the_whole_softmax(engine: Engine, kind: str) -> None:
         angles = decoder.angles(torch.arange(M))
         _, height, width, _ = sample.rgb.shape
         where = tokens.token_map
+
+        def touches(i: int) -> bool:
+            y0, x0, y1, x1 = (where.box[i] * torch.tensor([height, width, height, width])).tolist()
+            return not bool(where.structural[i]) and any(
+                r.start <= int(where.frame[i]) < r.stop
+                and y0 < r.y1 - 1e-3 and y1 > r.y0 + 1e-3 and x0 < r.x1 - 1e-3 and x1 > r.x0 + 1e-3
+                for r in qa.regions
+            )  # fmt: skip
+
+        assert size == sum(map(touches, range(len(where))))
         for index, layer in enumerate(decoder.layers):
             q, k, v = layer.project(hidden, *angles)
             s = (q.double() @ k.double().transpose(1, 2)) * q.shape[-1] ** -0.5
             p = s.masked_fill(torch.ones(M, M, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
             for head in range(len(q)):
                 for i in range(len(answer)):
-                    row = p[head, M - 1 - len(answer) + i, len(before) : len(before) + len(where)].clone()
-                    row[where.structural] = 0
-                    best = int(row.argmax())
-                    y0, x0, y1, x1 = (where.box[best] * torch.tensor([height, width, height, width])).tolist()
-                    want = any(
-                        r.start <= int(where.frame[best]) < r.stop
-                        and y0 < r.y1 - 1e-3 and y1 > r.y0 + 1e-3 and x0 < r.x1 - 1e-3 and x1 > r.x0 + 1e-3
-                        for r in qa.regions
-                    )  # fmt: skip
-                    assert bool(hits[index, head, i]) == want
+                    best = int(p[head, M - 1 - len(answer) + i].argmax()) - len(before)
+                    assert bool(hits[index, head, i]) == (0 <= best < len(where) and touches(best))
             hidden = layer.finish(hidden, (p @ v.double()).float())
         said = decoder.logits(hidden)[M - 1 - len(answer) : M - 1].argmax(-1)
     assert right.tolist() == (said == torch.tensor(answer)).tolist()
@@ -95,8 +97,16 @@ def test_what_is_written_can_be_read_and_depends_on_nothing_else(engine: Engine,
     assert found["model_sha256"] == json.loads((DEMO / HEAD_SCORES).read_text())["model_sha256"]
 
 
+def test_a_hit_counts_by_the_size_of_its_region() -> None:
+    tally = head_scores.Tally(torch.zeros(1, 2, dtype=torch.float64))
+    hits = torch.tensor([[[True, True, True], [False, True, False]]])
+    tally.add(hits, torch.tensor([True, True, False]), 4)
+    tally.add(hits, torch.tensor([True, False, False]), 2)
+    assert record(tally, model_sha256="", samples=1)["scores"] == [[round((2 / 4 + 1 / 2) / 3, 6), round(1 / 4 / 3, 6)]]
+
+
 def test_a_model_that_reads_nothing_is_refused(engine: Engine) -> None:
-    tally = head_scores.Tally(torch.zeros(6, 3, dtype=torch.int64))
-    tally.add(torch.ones(6, 3, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool))
+    tally = head_scores.Tally(torch.zeros(6, 3, dtype=torch.float64))
+    tally.add(torch.ones(6, 3, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool), 2)
     with pytest.raises(SystemExit, match="got 0 of 4 tokens right"):
         record(tally, model_sha256="", samples=1)
