@@ -558,6 +558,17 @@ class TestSession:
         for other in sessions[1:]:
             assert_same(sessions[0], other)
 
+    def test_a_refresh_at_every_token_is_dense_decoding(self, shown):
+        """Every token then comes from a pass over the whole visual store."""
+        engine, item = shown
+        dense, fresh, once = (
+            engine.session(media=[item], sparsity=Sparsity(0.3, decode, refresh=n))
+            for decode, n in ((0.0, 0), (0.9, 1), (0.9, 0))
+        )
+        answers = [[s.ask(q, params=PARAMS, remember=False).token_ids for q in QUESTIONS] for s in (dense, fresh, once)]
+        assert answers[0] == answers[1]
+        assert answers[0] != answers[2]
+
     def test_pieces_of_an_answer_draw_the_numbers_of_one(self):
         params = SamplingParams(temperature=1.0, seed=3)
         whole, parts = Sampler(params), Sampler(params)
