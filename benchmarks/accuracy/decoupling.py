@@ -34,7 +34,7 @@ from accuracy.questions import LAYOUTS, Item, count, item_of
 from accuracy.run import CHUNK, shown_name, to_json
 from accuracy.scoring import paired_difference
 from accuracy.summary import Answered
-from accuracy.workfile import checksum_of_checkpoint, checksum_of_sources
+from accuracy.workfile import WorkFile, checksum_of_checkpoint, checksum_of_sources
 from environment import describe
 from world.splits import TEST
 
@@ -150,11 +150,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "chunk": CHUNK,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    work = WorkFile(args.out.with_suffix(".work.jsonl"), header)
     timing = {"reference": reference.name, "timed": args.timed, "rounds": args.rounds}
     made = kept(args.out.with_suffix(".timed.work.jsonl"), header | timing, lambda: measure(args, folder, reference))
     for row in made["rows"]:
         print(f"{row['name']}: {row['setting']} {row['seconds']['total']:.4g} s{'' if row['met'] else ', cannot'}")
-    answered = answers_of(items, [row["setting"] for row in made["rows"]], args, folder, header)
+    answered = answers_of(items, [row["setting"] for row in made["rows"]], args, folder, work)
     told = [answered[f"{row['setting']} single own"] for row in made["rows"]]
     data = {
         "environment": describe(),

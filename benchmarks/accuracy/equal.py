@@ -397,12 +397,11 @@ def checksum_of_search() -> str:
 
 
 def answers_of(
-    items: Sequence[Item], settings: Iterable[str], args: argparse.Namespace, folder: Path, header: dict[str, Any]
+    items: Sequence[Item], settings: Iterable[str], args: argparse.Namespace, folder: Path, work: WorkFile
 ) -> dict[str, list[Answered]]:
     """Asks all settings, or goes on with it."""
     protocols = ["single", "eviction"] + ["history"] * args.history
     tasks = plan_tasks([Setting.parse(name) for name in settings], protocols, ["own"])
-    work = WorkFile(args.out.with_suffix(".work.jsonl"), header)
     done = {(result.task, result.chunk) for result in work.results()}
     jobs = plan_jobs(items, tasks, done, fresh=0, agreement=0)
     print(
@@ -430,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     asked = {name: value for name, value in vars(args).items() if name in ("budgets", "methods", "sample", "rounds")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    work = WorkFile(args.out.with_suffix(".work.jsonl"), header)  # first, so that another run's is refused at once
     search = kept(
         args.out.with_suffix(".found.work.jsonl"),
         header | asked | {"search": checksum_of_search()},
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{one.budget}: {one.method} {one.setting or 'cannot'} ({one.figure:.4g} of {one.target:.4g})", flush=True
         )
     names = list(dict.fromkeys(["dense", *(one.setting for one in found if one.setting)]))
-    answered = answers_of(items, names, args, folder, header)
+    answered = answers_of(items, names, args, folder, work)
     protocols = ["single", "eviction"] + ["history"] * args.history
     sizes = ModelSizes(**search["sizes"])
     prices = []

@@ -22,7 +22,7 @@ NOTES = {
     "and what stands here was measured again.",
     "input": "Visual tokens that a layer prefills, mean over layers.",
     "active": "Visual tokens that a decode step reads, mean over layers and turns. It says nothing of prefill: "
-    "SparseVILA prefills four times as many as it reads.",
+    "SparseVILA prefills more than it reads.",
 }
 
 

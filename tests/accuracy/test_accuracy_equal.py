@@ -221,6 +221,12 @@ class TestCommand:
         assert all(prices[name]["seconds"]["total"] > 0 for name in timed)
         assert prices["dense"]["seconds"]["retrieval"] == 0
 
+    def test_results_of_another_run_are_refused_before_anything_is_measured(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(equal, "priced_and_found", lambda *_: pytest.fail("it was measured"))
+        (tmp_path / "equal.work.jsonl").write_text('{"model": "another"}\n')
+        with pytest.raises(SystemExit, match="holds results of another run"):
+            equal.main(["--model", str(student), "--out", str(tmp_path / "equal.json"), "--questions", "10"])
+
     def test_counts_follow_from_tokens(self, asked, student, tmp_path):
         _, few = asked
         with Engine.load(student, device="cpu", dtype="float32") as engine:
