@@ -15,7 +15,7 @@ SWITCHES = (
     "global",
 )  # fmt: skip
 COMMAND = (
-    "python benchmarks/accuracy/run.py --model demo --questions 1400 --processes 2 --protocols single --pictures own "
+    "python benchmarks/accuracy/run.py --model demo --questions 1200 --processes 2 --protocols single --pictures own "
     f"--fresh 0 --settings {BASE} {' '.join(f'{BASE}:{switch}' for switch in SWITCHES)} "
     "--out benchmarks/results/accuracy_demo_switches.json"
 )
