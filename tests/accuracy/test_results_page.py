@@ -182,6 +182,7 @@ class TestSections:
         found = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| ")}
         assert "| 1.57x | 1.12x | 1.33x |" in found["prefill alone"]  # 0.11/0.07, 0.09/0.08, 0.2/0.15
         assert "| sparsevila:0/0.99: cannot |" in found["decode alone"]
+        assert "*prefill alone* was set to take as long as both; measured again it took 0.0% " in text
         assert "still takes 183.0 ms" in text
         assert "Decoding is 45% of dense, and with 1% of the visual entries read it keeps 80% of its time" in text
         assert found["both"].endswith("| 60.0 [50.0, 70.0] |  | 50.0 |  |")
