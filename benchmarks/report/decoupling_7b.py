@@ -13,7 +13,7 @@ POLICIES = {"both": (0.6, 0.75), "prefill": (0.63, 0.0), "decode": (0.0, 0.9)}
 SOURCES = {name: f"latency_7b_{name}.json" for name in POLICIES}
 COMMANDS = {
     name: "python benchmarks/latency.py --random vicuna-7b-4-layers --llm w4a16 --video assets/clips/street.mp4 "
-    f"--frames 16 --tokens 64 --rounds 2 --threads 2 --prefill-sparsity {prefill} --decode-sparsity {decode} "
+    f"--frames 16 --tokens 64 --rounds 3 --threads 2 --prefill-sparsity {prefill} --decode-sparsity {decode} "
     f"--json benchmarks/results/{SOURCES[name]}"
     for name, (prefill, decode) in POLICIES.items()
 }
