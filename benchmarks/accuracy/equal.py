@@ -6,8 +6,8 @@
 A budget is MEASURE=SETTING, what that setting costs, or MEASURE=FRACTION of what dense costs. Measures, of a
 conversation about one picture (`prices.py`): `gflop` counts all of it, encoder to last answer; `seconds` are of this
 machine, one thread; `input` is the visual tokens that a layer prefills, mean over layers; `active` those that a decode
-step reads. A method is METHOD[/DECODE]; its prefill sparsity is looked for in thousandths. What a budget asks of a
-method may be beyond it, because its first layers see everything: the row says so, and nothing is asked of it.
+step reads. A method is METHOD[/DECODE][:SWITCHES]; its prefill sparsity is looked for in thousandths. What a budget
+asks of a method may be beyond it, because its first layers see everything: the row says so, and nothing is asked of it.
 
 Then all settings that were found answer the same questions (`run.py`): each by itself (`single`), and as a dialogue of
 which each question and answer is forgotten (`eviction`), whose first turn and later turns are told apart. The same
@@ -55,6 +55,7 @@ BUDGETS = (
 )
 METHODS = (
     "sparsevila/0.75", "fastv", "pdrop", "sparsevlm", "sparsevlm+", "visionzip", "prumerge+", "sparsemm", "random/0.75",
+    "sparsevila/0.75:positions=contiguous", "visionzip:positions=original",
 )  # fmt: skip
 OURS = "sparsevila"  # what the others are compared with
 STEPS = 1000  # prefill sparsities are looked for in so many parts
@@ -93,22 +94,30 @@ class Budget:
 
 @dataclass(frozen=True)
 class Contender:
-    """A method, with a decode sparsity of its own, whose prefill sparsity is looked for."""
+    """A method, with a decode sparsity and switches of its own, whose prefill sparsity is looked for."""
 
     method: str
     decode: float = 0.0
+    switches: str = ""
 
     @staticmethod
     def parse(text: str) -> Contender:
-        """METHOD[/DECODE]. Raises ValueError."""
-        method, _, decode = text.partition("/")
-        contender = Contender(method, float(decode or 0))
+        """METHOD[/DECODE][:SWITCHES]. Raises ValueError."""
+        head, _, switches = text.partition(":")
+        method, _, decode = head.partition("/")
+        contender = Contender(method, float(decode or 0), switches)
         contender.setting(0)
         return contender
 
+    @property
+    def name(self) -> str:
+        """What a row calls it."""
+        return self.method + (f":{self.switches}" if self.switches else "")
+
     def setting(self, step: int) -> Setting:
         """With so many thousandths removed in prefill."""
-        return Setting.parse(f"{self.method}:{step / STEPS:g}/{self.decode:g}")
+        switches = f":{self.switches}" if self.switches else ""
+        return Setting.parse(f"{self.method}:{step / STEPS:g}/{self.decode:g}{switches}")
 
     def is_of(self, setting: Setting) -> bool:
         """Whether a setting is this method with another prefill sparsity."""
@@ -231,7 +240,7 @@ class Finder:
     def _at(self, budget: Budget, one: Contender) -> Found:
         target, measure = self.target(budget), budget.measure
         if isinstance(budget.reference, Setting) and one.is_of(budget.reference):
-            return Found(budget.name, measure, target, one.method, budget.reference.name, target)
+            return Found(budget.name, measure, target, one.name, budget.reference.name, target)
         if measure == "seconds":
             points = [(step, self.figure(one.setting(step), measure)) for step in self._timed(one)]
             step, figure = on_line(points, target)
@@ -239,7 +248,7 @@ class Finder:
         else:
             step, met = nearest(lambda s: self.figure(one.setting(s), measure), self._highest[one], target)
             figure = self.figure(one.setting(step), measure)
-        return Found(budget.name, measure, target, one.method, one.setting(step).name if met else None, figure)
+        return Found(budget.name, measure, target, one.name, one.setting(step).name if met else None, figure)
 
 
 # From answers to rows

@@ -81,6 +81,11 @@ class TestArguments:
             Contender.parse("magic/0.5")
 
     def test_the_method_of_a_setting(self):
+        apart = Contender.parse("sparsevila/0.75:positions=contiguous")
+        assert apart.name == "sparsevila:positions=contiguous"
+        assert apart.setting(600).name == "sparsevila:0.6/0.75:positions=contiguous"
+        assert not apart.is_of(Setting.parse("sparsevila:0.6/0.75"))
+        assert apart.is_of(Setting.parse("sparsevila:0.2/0.75:positions=contiguous"))
         ours = Contender.parse("sparsevila/0.75")
         assert ours.is_of(Setting.parse("sparsevila:0.6/0.75"))
         assert not ours.is_of(Setting.parse("sparsevila:0.6/0.5"))
