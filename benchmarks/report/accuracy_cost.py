@@ -11,7 +11,7 @@ from report.measured import Row, command_of, read
 
 SOURCE = "equal_demo.json"
 COMMAND = (
-    "python benchmarks/accuracy/equal.py --model demo --processes 2 --questions 1200 "
+    "python benchmarks/accuracy/equal.py --model demo --processes 2 --questions 1000 "
     "--out benchmarks/results/equal_demo.json"
 )
 PANELS = {"single": "each question by itself", "later": "later turns of a dialogue"}

@@ -7,12 +7,13 @@ from pathlib import Path
 from report.markdown import percent, points, table
 from report.measured import Row, command_of, read
 
-SOURCE = "leakage_demo.json"
+SOURCE = "accuracy_demo.json"
 COMMAND = (
-    "python benchmarks/accuracy/run.py --model demo --questions 1000 --processes 2 --protocols single history "
-    "--settings dense sparsevila:0.6/0.75 --pictures own none --fresh 0 --agreement 0 "
-    "--out benchmarks/results/leakage_demo.json"
+    "python benchmarks/accuracy/run.py --model demo --questions 2000 --processes 2 --settings dense "
+    "sparsevila:0.6/0.75 sparsevila:0.75/0.9 random:0.6/0.75 random:0.75/0.9 "
+    "--out benchmarks/results/accuracy_demo.json"
 )
+PICTURES = {"own": "shown", "none": "not shown"}
 
 
 def section(results: Path, figures: Path) -> str:
@@ -22,6 +23,7 @@ def section(results: Path, figures: Path) -> str:
         for row in data["paired"]
         if (row["setting"], row["protocol"], row["against_protocol"]) == (row["against"], "history", "single")
         and row["by"] == "all"
+        and row["picture"] in PICTURES
     ]
     lead = (
         "The dialogues of the drawn world are made so that no answer follows from earlier turns. Whether that holds is "
@@ -36,7 +38,7 @@ def section(results: Path, figures: Path) -> str:
 
 
 def _names(row: Row) -> tuple[str, str]:
-    return f"`{row['setting']}`", {"own": "shown", "none": "not shown"}[row["picture"]]
+    return f"`{row['setting']}`", PICTURES[row["picture"]]
 
 
 def _shares(data: Row, row: Row) -> tuple[str, str]:

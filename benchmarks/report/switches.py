@@ -11,8 +11,8 @@ from report.measured import Row, command_of, read
 SOURCE = "accuracy_demo_switches.json"
 BASE = "sparsevila:0.6/0.75"
 SWITCHES = (
-    "budgets=mass", "score_layers=middle", "sets=per_kv_head", "sinks=4", "refresh=4", "diversity=0.5", "rerotate=on",
-    "global",
+    "budgets=mass", "score_layers=middle", "sets=per_kv_head", "sinks=4", "refresh=4", "refresh=16", "diversity=0.5",
+    "diversity=0.75", "rerotate=on", "positions=contiguous", "global",
 )  # fmt: skip
 COMMAND = (
     "python benchmarks/accuracy/run.py --model demo --questions 1200 --processes 2 --protocols single --pictures own "
