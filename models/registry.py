@@ -54,7 +54,10 @@ def build_model(checkpoint: Checkpoint, *, positions: str | None = None) -> Visi
     file, _, class_name = target.partition(":")
     model_class = getattr(importlib.import_module(f".{file}", __package__), class_name)
     if positions is not None and issubclass(model_class, ContiguousPositions):
-        raise InvalidRequest(f"positions: {names[0]} has one way to place what survives pruning, got {positions!r:.40}")
+        raise InvalidRequest(
+            f"positions: {names[0]} has one axis, for which a request chooses, got {positions!r:.40}",
+            hint="the switch positions=original or positions=contiguous (Sparsity, --switch)",
+        )
     with torch.device("meta"):
         return model_class.from_checkpoint(checkpoint, **({} if positions is None else {"positions": positions}))
 
