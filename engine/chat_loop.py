@@ -237,7 +237,7 @@ class Chat:
         if words:
             prefill, decode = (commands.parse_sparsity(word) for word in words)
             self._use(replace(self._settings, prefill_sparsity=prefill, decode_sparsity=decode))
-        self._screen.block(describe_sparsity(self._session.sparsity))
+        self._screen.block(f"{describe_sparsity(self._session.sparsity)}\n{self._session.method}")
 
     def _do_set(self, rest: str) -> None:
         key, value = commands.take_word(rest)

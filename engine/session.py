@@ -98,6 +98,14 @@ class Session:
                 self._make_stale(self._state)
 
     @property
+    def method(self) -> Method:
+        """What the policy in force is for this decoder; as text, with its hyper-parameters.
+
+        Raises InvalidRequest where the decoder has not what it needs.
+        """
+        return self._driver(Meter(), no_progress).method(self._state)
+
+    @property
     def system(self) -> str | None:
         """The system text; with a new one the next turn prefills the conversation again."""
         return self._system

@@ -66,7 +66,7 @@ class TurnDriver:
         """Builds a stale cache again and places what is pending, as far as the method allows without a question."""
         if state.stale:
             state = self._rebuild(state)
-        return state if self._method(state).needs_question else self.place(state)
+        return state if self.method(state).needs_question else self.place(state)
 
     def place(self, state: State) -> State:
         """Prefills the pending media of the open turn."""
@@ -74,12 +74,13 @@ class TurnDriver:
             return state
         spans, placed = self._media_spans(state)
         if any(map(len, spans)):  # a method may leave nothing of a medium, and a prompt may have no text beside it
-            self._prefill(spans, self._method(state))
+            self._prefill(spans, self.method(state))
         return replace(
             state, prefilled=len(state.open_media), placed=(*state.placed, *placed), checkpoint=self._cache.checkpoint()
         )
 
-    def _method(self, state: State) -> Method:
+    def method(self, state: State) -> Method:
+        """What the policy is for this decoder. Raises InvalidRequest where it cannot do what is asked."""
         method = make_method(self._policy.of_all(state.media))
         config = self._engine.model.decoder.config
         if method.rerotate and method.scores_turn:
@@ -123,7 +124,7 @@ class TurnDriver:
         A matter of what is remembered and of the media alone: no question may move them. Raises InvalidRequest where
         positions have three axes, for which a model is loaded with another choice.
         """
-        asked = self._method(state).positions
+        asked = self.method(state).positions
         if not isinstance(self._engine.model, ContiguousPositions):
             if asked == "original":
                 raise InvalidRequest(
@@ -175,7 +176,7 @@ class TurnDriver:
 
         Raises InvalidRequest where the method cannot do in this decoder what was asked of it.
         """
-        self._method(state)
+        self.method(state)
         text = sum(map(len, self._texts_before_media(state))) + len(self._question_ids(state, question))
         stands = self._stands(state)
         planned = {
@@ -214,7 +215,7 @@ class TurnDriver:
 
         Returns the state in front of it (media placed), what the prefill left behind, and the question's length.
         """
-        method = self._method(state)
+        method = self.method(state)
         spans, placed = self._media_spans(state) if state.pending else ([], [])
         ids = self._question_ids(state, question)
         score = score and method.scores_turn and bool(state.placed or placed)
@@ -242,7 +243,7 @@ class TurnDriver:
         if not bool(torch.stack([layer.isfinite().all() for layer in scores]).all()):  # one wait for all layers
             warnings.warn("the question's scores are not finite: this turn reads all tokens", stacklevel=3)
             return None
-        method = self._method(state)
+        method = self.method(state)
         active = method.on_turn_with(scores, lambda: self._saliency(state.placed))
         if active is not None:
             self._engine.reserve(self._cache, active=[longest(sets) for sets in active])
@@ -261,14 +262,14 @@ class TurnDriver:
             self._cache.forget_text(len(ids) - 1)
             self._cache.deactivate()
             span = TextSpan(tuple(ids))
-            prefilled = self._run([span], self._method(state), score=True, progress=lambda _: self._check())
+            prefilled = self._run([span], self.method(state), score=True, progress=lambda _: self._check())
             assert prefilled.scores is not None, "a refresh is scored"
             self._activate(state, prefilled.scores)
         return prefilled
 
     def _refreshes_every(self, state: State) -> int:
         """Tokens of an answer after which it is ranked afresh; 0: never, as where nothing is sparse."""
-        return self._method(state).refresh if self._cache.sparse else 0
+        return self.method(state).refresh if self._cache.sparse else 0
 
     def _saliency(self, placed: Sequence[Placed]) -> Tensor:
         """How much the encoder looks at each entry of the visual store, (N,) float32."""

@@ -59,6 +59,10 @@ class FakeSession:
     def sparsity(self) -> Sparsity:
         return self.wanted or AUTO["image"]
 
+    @property
+    def method(self) -> str:
+        return f"Method(prefill={self.sparsity.prefill:g}, decode={self.sparsity.decode:g})"
+
     @sparsity.setter
     def sparsity(self, value: Sparsity | None) -> None:
         if value is not None and value.method not in ("sparsevila", "fastv"):

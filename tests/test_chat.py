@@ -497,7 +497,7 @@ def test_sparsity_command(clip: str) -> None:
     assert talk.session.wanted is None
     talk.type("/set switch budgets=mass,diversity=0.5", "/sparsity")
     assert talk.session.wanted == Sparsity(0.5, 0.8, budgets="mass", diversity=0.5)
-    assert "not read (sparsevila with budgets=mass,diversity=0.5)" in talk.err.getvalue()
+    assert "not read (sparsevila with budgets=mass,diversity=0.5)\nMethod(prefill=" in talk.err.getvalue()
     talk.type("/set switch sinks=-1", "/set switch default")
     assert talk.err.getvalue().count("error:") == 4
     assert talk.session.wanted is None

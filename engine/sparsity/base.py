@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -55,6 +55,15 @@ class Method:
 
     prefill: float = 0.0
     decode: float = 0.0
+
+    def __str__(self) -> str:
+        """Its class and hyper-parameters, for reports: the fractions, and what is not at its default."""
+        shown = [f"{name}={getattr(self, name):g}" for name in ("prefill", "decode")]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.repr and one.name not in ("prefill", "decode") and value != one.default:
+                shown.append(f"{one.name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @staticmethod
     def from_policy(sparsity: Sparsity) -> Method:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class SparseMM(Method):
 
     head_scores: str | None = None  # a file; None: the one beside the checkpoint
     # Of each key head, layers times H_kv; `with_head_scores` sets them.
-    merits: tuple[tuple[float, ...], ...] = ()
+    merits: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     switches: ClassVar[frozenset[str]] = frozenset({"head_scores"})
 
     @staticmethod

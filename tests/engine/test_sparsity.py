@@ -259,6 +259,20 @@ class TestRegistry:
         with pytest.raises(InvalidRequest, match="dense, sparsevila"):
             make_method(Sparsity(method="magic"))
 
+    def test_a_method_prints_itself_with_its_hyper_parameters(self):
+        printed = {
+            name: str(make_method(Sparsity(0.5, 0.25, name)).at_depth(8))
+            for name in METHODS
+            if name not in ("dense", "none")
+        }
+        assert printed["sparsevila"] == "SparseVILA(prefill=0.5, decode=0.25)"
+        assert printed["fastv"] == "FastV(prefill=0.5, decode=0.25, stages=((1, 0.5),))"
+        assert all("prefill=0.5, decode=0.25" in text for text in printed.values())
+        assert len(set(printed.values())) == len(printed)
+        assert str(make_method(Sparsity(0.5, 0.0, sinks=4, scope="global"))) == (
+            "SparseVILA(prefill=0.5, decode=0, scope=global, sinks=4)"
+        )
+
 
 class TestDiagnostics:
     def selection(self, *active: list[int]) -> Selection:

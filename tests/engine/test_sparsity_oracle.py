@@ -73,6 +73,15 @@ class TestMethodsOfOnesOwn:
         total = session.media[0].tokens_total
         assert session.ask(QUESTION, params=SHORT).stats.visual_tokens_kept == -(-total // 2)
 
+    def test_the_method_in_force_knows_its_decoder(self, engine):
+        session = engine.session(media=[picture()], sparsity=Sparsity(0.3, method="pdrop"))
+        assert str(session.method).startswith("PDrop(prefill=0.3, decode=0, stages=((1, ")
+        session.sparsity = EveryOther()
+        assert str(session.method) == "EveryOther(prefill=0, decode=0)"
+        session.sparsity = Sparsity(0.3, method="fastv")
+        with pytest.raises(InvalidRequest, match="more than 2 decoder layers"):
+            _ = session.method
+
     def test_one_takes_the_place_of_the_other_between_turns(self, engine):
         session = engine.session(media=[picture()], sparsity=Sparsity())
         session.ask(QUESTION, params=SHORT, remember=False)
