@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from report import functional, greedy, leakage, limits
+from report import findings, functional, greedy, leakage, limits
 from report.measured import MissingMeasurement
 
 PLACE = {"commit": "0123456789abcdef", "dirty": False, "torch": "2.13.0", "cpu": "Some CPU", "command": "python one.py"}
@@ -119,6 +119,44 @@ def test_functional(tmp_path):
     assert "| 1 | 0.50 | 10.0 | 35.0 | 70.0 | 60.0 |  | 50.0 |" in text
     assert "at layer 1, turn by turn" in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"functional.png", "tokens.png"}
+
+
+def comparison(protocol: str, against: str, group: tuple[str, str], mean: float) -> dict:
+    made = {"setting": "sparsevila:0.6/0.75", "protocol": protocol, "picture": "own", "against": against}
+    made |= {"against_protocol": protocol, "by": group[0], "group": group[1], "n": 90}
+    return made | difference(mean)
+
+
+def test_findings(tmp_path):
+    everything, scenes = ("all", "all"), ("kind", "scene")
+    accuracy = {
+        "environment": PLACE,
+        "paired": [
+            comparison("single", "dense", everything, -0.005),
+            comparison("single", "dense", scenes, 0.01),
+            comparison("history", "dense", everything, -0.2),
+            comparison("history", "dense", scenes, -0.3),
+            comparison("single", "random:0.6/0.75", everything, 0.15),
+        ],
+    }
+    asked = {"budget": "active=sparsevila:0.6/0.75", "setting": "some"}
+    equal = {
+        "environment": PLACE,
+        "rows": [
+            asked | {"method": "dense", "against_ours": {"later": difference(0.4)}},
+            asked | {"method": "sparsevila", "answers": {"later": {"accuracy": 0.61}}},
+            asked | {"method": "fastv", "against_ours": {"later": difference(-0.2)}},
+            asked | {"method": "visionzip", "against_ours": {"later": difference(0.01)}},
+        ],
+    }
+    (tmp_path / findings.SOURCES["accuracy"]).write_text(json.dumps(accuracy))
+    (tmp_path / findings.SOURCES["equal"]).write_text(json.dumps(equal))
+    text = findings.section(tmp_path, tmp_path)
+    assert "-0.5 [-5.5, +4.5] points on 90 questions, each by itself; scenes +1.0 [-4.0, +6.0]." in text
+    assert text.count("is met.") == text.count("is missed.") == 1
+    assert "**Against dice** at the same counts: +15.0" in text
+    assert "SparseVILA answers 61.0 % of later turns" in text
+    assert "fewer right than SparseVILA: fastv; not told apart: visionzip" in text
 
 
 @pytest.mark.parametrize("section", [limits, greedy, leakage, functional])
