@@ -38,8 +38,15 @@ def by_method(data: Row) -> dict[str, list[Row]]:
     found: defaultdict[str, list[Row]] = defaultdict(list)
     for one in data["settings"]:
         if "answers" in one and one["setting"] != "dense":
-            found[one["setting"].split(":")[0]].append({**one, "share": one["gflop"]["total"] / dense})
+            found[method_of(one["setting"])].append({**one, "share": one["gflop"]["total"] / dense})
     return {method: sorted(rows, key=lambda row: float(row["share"])) for method, rows in found.items()}
+
+
+def method_of(setting: str) -> str:
+    """A setting's method, with its switches."""
+    method, _, rest = setting.partition(":")
+    switches = rest.partition(":")[2]
+    return f"{method}:{switches}" if switches else method
 
 
 def dense_of(data: Row) -> Row:

@@ -26,8 +26,20 @@ NOTES = {
 }
 
 
+ACTIVE = "active=sparsevila:0.3/0.5"
+SOURCES = {"all": SOURCE, "active": "equal_active_demo.json"}
+COMMANDS = {
+    "all": COMMAND,
+    # At a number of active tokens that methods can reach whose first layers see everything.
+    "active": "python benchmarks/accuracy/equal.py --model demo --processes 2 --questions 1000 "
+    f"--budgets {ACTIVE} --methods sparsevila/0.5 fastv pdrop sparsevlm sparsevlm+ visionzip prumerge+ sparsemm "
+    "random/0.5 visionzip:positions=original --out benchmarks/results/equal_active_demo.json",
+}
+
+
 def section(results: Path, figures: Path) -> str:
-    data = read(results, SOURCE, COMMAND)
+    data = read(results, SOURCES["all"], COMMANDS["all"])
+    more = read(results, SOURCES["active"], COMMANDS["active"])
     asked = sum(row["questions"] for row in data["layouts"])
     lead = (
         "Each method at the prefill sparsity at which it costs what the reference does; fractions in a setting are "
@@ -39,7 +51,8 @@ def section(results: Path, figures: Path) -> str:
     )
     budgets = list(dict.fromkeys(row["budget"] for row in data["rows"]))
     parts = [f"## Methods at the same cost\n\n{lead}\n\n{command_of(data)}"]
-    return "\n\n".join([*parts, *(_budget(data, budget) for budget in budgets)])
+    parts += [_budget(data, budget) for budget in budgets]
+    return "\n\n".join([*parts, _budget(more, ACTIVE), command_of(more)])
 
 
 def _budget(data: Row, budget: str) -> str:

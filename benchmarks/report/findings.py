@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from report import accuracy_cost, equal_cost, leakage
+from report import equal_cost, leakage
 from report.markdown import percent, points
 from report.measured import Row, read
 
-SOURCES = {"accuracy": leakage.SOURCE, "equal": accuracy_cost.SOURCE}
-COMMANDS = {"accuracy": leakage.COMMAND, "equal": accuracy_cost.COMMAND}
+SOURCES = {"accuracy": leakage.SOURCE, **equal_cost.SOURCES}
+COMMANDS = {"accuracy": leakage.COMMAND, **equal_cost.COMMANDS}
 DEFAULT, DICE = "sparsevila:0.6/0.75", "random:0.6/0.75"
 AIM = 1.0  # percentage points that the default may lose against dense
 NAMES = {"gflop": "operations", "seconds": "seconds", "input": "input tokens", "active": "active tokens"}
@@ -17,9 +17,9 @@ NAMES = {"gflop": "operations", "seconds": "seconds", "input": "input tokens", "
 
 def section(results: Path, figures: Path) -> str:
     accuracy = read(results, SOURCES["accuracy"], COMMANDS["accuracy"])
-    equal = read(results, SOURCES["equal"], COMMANDS["equal"])
+    equal = [read(results, SOURCES[name], COMMANDS[name]) for name in equal_cost.SOURCES]
     lines = [_loss(accuracy, "single", "each by itself"), _loss(accuracy, "history", "in remembered dialogues")]
-    lines += [_dice(accuracy), *_equal(equal)]
+    lines += [_dice(accuracy), *(line for data in equal for line in _equal(data))]
     return "## What the measurements say\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

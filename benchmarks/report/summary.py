@@ -9,7 +9,9 @@ from report.markdown import percent, points, table
 from report.measured import Row, read
 
 BEGIN, END = "<!-- made by benchmarks/report/page.py -->", "<!-- end of what page.py made -->"
-SHOWN = ("dense", "sparsevila", "visionzip", "sparsevlm+", "pdrop", "fastv", "random")
+SHOWN = (
+    "dense", "sparsevila", "visionzip", "visionzip:positions=original", "sparsevlm+", "pdrop", "fastv", "random",
+)  # fmt: skip
 
 
 def block(results: Path) -> str:

@@ -150,7 +150,8 @@ def test_findings(tmp_path):
         ],
     }
     (tmp_path / findings.SOURCES["accuracy"]).write_text(json.dumps(accuracy))
-    (tmp_path / findings.SOURCES["equal"]).write_text(json.dumps(equal))
+    (tmp_path / findings.SOURCES["all"]).write_text(json.dumps(equal))
+    (tmp_path / findings.SOURCES["active"]).write_text(json.dumps({"rows": []}))
     text = findings.section(tmp_path, tmp_path)
     assert "-0.5 [-5.5, +4.5] points on 90 questions, each by itself; scenes +1.0 [-4.0, +6.0]." in text
     assert text.count("is met.") == text.count("is missed.") == 1
