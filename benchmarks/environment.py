@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe() -> dict[str, Any]:
-    """Commit, machine, versions and command line, for the JSON beside a result."""
+    """Commit, machine, versions and command line, for the JSON beside a result.
+
+    `dirty` is whether anything but results differs from the commit.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -22,7 +25,7 @@ def describe() -> dict[str, Any]:
 
     described: dict[str, Any] = {
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")),
         "command": " ".join(["python", *map(relative, sys.argv)]),
         "python": platform.python_version(),
         "torch": torch.__version__,
