@@ -47,6 +47,7 @@ from environment import describe
 from world.labels import COVER_SHARE
 from world.sample import QA, Sample, Thing
 from world.splits import make
+from world.vocabulary import CARDINALS
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class Asked:
     ink: float  # share of the picture's tokens that carry ink
     needed: int  # tokens that the question needs, in the finest view of them
     kept: int  # of those, how many entered the language model
+    off: int | None = None  # of a question for a number in words: how far the answer is above the truth
 
 
 def hands(prefill: float, decode: float) -> dict[str, Hand]:
@@ -179,7 +181,15 @@ def _ask(session: Session, item: Item, question: Question, hand: str, sample: Sa
         float((ink * COVER_SHARE >= 1).double().mean()),
         int(needed.sum()),
         int((needed & entered).sum()),
+        _off(result.text, question.answer),
     )
+
+
+def _off(answer: str, truth: str) -> int | None:
+    """The answer's number minus the true one; None where one of them is no number in words."""
+    if answer not in CARDINALS or truth not in CARDINALS:
+        return None
+    return CARDINALS.index(answer) - CARDINALS.index(truth)
 
 
 def _ask_chunk(items: Sequence[Item], *, folder: str, prefill: float, decode: float) -> list[Asked]:
@@ -210,10 +220,13 @@ INK_EDGES = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.01)
 
 
 def summarise(answers: Sequence[Asked]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a report: by hand and kind, by ink, and by how much of what is needed stayed."""
+    """Rows of a report: by hand and kind, by ink, by how much of what is needed stayed, by type of question.
+
+    `counts` are answers that are numbers in words: how many are below and above the truth.
+    """
     dense = {_key(one): one for one in _numbered(answers, "dense")}
     names = list(dict.fromkeys(one.hand for one in answers))
-    rows, by_ink, by_kept = [], [], []
+    rows, by_ink, by_kept, by_type, counts = [], [], [], [], []
     for name in names:
         own = _numbered(answers, name)
         for kind in ("all", *sorted({one[1].kind for one in own})):
@@ -230,7 +243,14 @@ def summarise(answers: Sequence[Asked]) -> dict[str, list[dict[str, Any]]]:
         ):
             if group:
                 by_kept.append({"hand": name, "stayed": stayed, **_figures(group, dense)})
-    return {"rows": rows, "by_ink": by_ink, "by_kept": by_kept}
+        for kind, type in sorted({(one[1].kind, one[1].type) for one in own}):
+            group = [one for one in own if (one[1].kind, one[1].type) == (kind, type)]
+            by_type.append({"hand": name, "kind": kind, "type": type, **_figures(group, dense)})
+            off = [one.off for _, one in group if one.off is not None]
+            if off:
+                low, high = sum(value < 0 for value in off), sum(value > 0 for value in off)
+                counts.append({"hand": name, "kind": kind, "type": type, "n": len(off), "low": low, "high": high})
+    return {"rows": rows, "by_ink": by_ink, "by_kept": by_kept, "by_type": by_type, "counts": counts}
 
 
 Numbered = tuple[int, Asked]  # the how-manieth answer of this hand: the same question has the same number

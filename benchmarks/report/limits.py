@@ -13,6 +13,8 @@ COMMAND = (
     "python benchmarks/accuracy/limits.py --model demo --questions 1000 --processes 2 "
     "--out benchmarks/results/limits_demo.json"
 )
+LOSERS = 8  # types of question that the page names
+COUNTING = ("scene", "count_all")
 PLOTTED = ("SparseVILA", "SparseVILA, gaps closed", "knows the drawing", "knows the question", "dice")
 
 
@@ -61,10 +63,49 @@ def section(results: Path, figures: Path) -> str:
             table(head, whole),
             found,
             f"{more}\n\n{table(('hand', *ways), by_kept)}",
+            _types(data),
             figure("limits.png", "Right answers by the share of the picture that carries ink"),
             command_of(data),
         ]
     )
+
+
+def _types(data: Row) -> str:
+    """The types of question that most of SparseVILA's loss is in, and how its answers to a count go wrong."""
+    own = [row for row in data["by_type"] if row["hand"] == "SparseVILA"]
+    asked = sum(row["n"] for row in own)
+
+    def lost(row: Row) -> float:
+        return float(-100 * row["n"] * row["difference"]["mean"] / asked)
+
+    worst = sorted(own, key=lost, reverse=True)[:LOSERS]
+    lines = [
+        (
+            f"{row['kind']} {row['type']}",
+            str(row["n"]),
+            percent(row["dense"]),
+            percent(row["accuracy"]),
+            f"{lost(row):.1f}",
+        )
+        for row in worst
+    ]
+    total = sum(map(lost, own))
+    lead = (
+        f"Of the {total:.1f} points that SparseVILA loses, {sum(map(lost, worst)):.1f} are in {LOSERS} of {len(own)} types of "
+        "question:"
+    )
+    made = table(("type", "n", "dense, %", "SparseVILA, %", "points of the whole"), lines)
+    counts = {row["hand"]: row for row in data["counts"] if (row["kind"], row["type"]) == COUNTING}
+    told = ", ".join(
+        f"{hand} {row['high']} too high and {row['low']} too low of {row['n']}"
+        for hand in ("dense", "SparseVILA, prefill alone", "dice")
+        if (row := counts.get(hand))
+    )
+    counted = (
+        f"How many shapes a scene has: {told}. A model that tells a number by the *share* of tokens that show something is "
+        "misled when only empty ones are taken away."
+    )
+    return f"{lead}\n\n{made}\n\n{counted}"
 
 
 def _conclusions(rows: dict[tuple[str, str], Row], stayed: dict[tuple[str, str], Row], kinds: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import limits
 from accuracy.answering import EngineAnswerer
 from accuracy.limits import Asked, ask_about, drawn_regions, finest, hands, ink_of_tokens, needed_regions, summarise
 from accuracy.questions import draw
@@ -83,7 +84,8 @@ def test_hands_keep_what_they_know(engine, tmp_path):
 
 def test_tables_pair_each_hand_with_dense_answers_to_the_same_questions():
     def asked(hand: str, number: int, right: float, kept: int, ink: float) -> Asked:
-        return Asked(f"sample {number}", "scene", "colour", False, hand, right, None, ink, 4, kept)
+        off = 0 if right else 2
+        return Asked(f"sample {number}", "scene", "colour", False, hand, right, None, ink, 4, kept, off)
 
     answers = []
     for number in range(20):
@@ -102,3 +104,15 @@ def test_tables_pair_each_hand_with_dense_answers_to_the_same_questions():
     assert "half or more" not in kept
     ink = {row["ink_from"]: row["accuracy"] for row in tables["by_ink"] if row["hand"] == "pruned"}
     assert ink == {0.0: 1.0, 0.6: 0.0}
+    (of_type,) = [row for row in tables["by_type"] if row["hand"] == "pruned"]
+    assert (of_type["kind"], of_type["type"], of_type["accuracy"]) == ("scene", "colour", 0.5)
+    assert {row["hand"]: (row["n"], row["low"], row["high"]) for row in tables["counts"]} == {
+        "dense": (20, 0, 0), "pruned": (20, 0, 10)
+    }  # fmt: skip
+
+
+def test_numbers_in_words():
+    assert limits._off("four", "two") == 2
+    assert limits._off("one", "two") == -1
+    assert limits._off("red", "two") is None
+    assert limits._off("two", "number 2") is None

@@ -38,6 +38,15 @@ LIMITS = {
         for hand, right in HANDS.items()
         for low in (0.2, 0.4)
     ],
+    "by_type": [
+        {"hand": hand, "kind": "scene", "type": type, **figures_of(right if type == "count_all" else 0.8)}
+        for hand, right in HANDS.items()
+        for type in ("count_all", "colour_of")
+    ],
+    "counts": [
+        {"hand": hand, "kind": "scene", "type": "count_all", "n": 19, "low": 6, "high": high}
+        for hand, high in (("dense", 2), ("SparseVILA, prefill alone", 18), ("dice", 1))
+    ],
     "by_kept": [{"hand": hand, "stayed": "all of it", **figures_of(right)} for hand, right in HANDS.items()],
 }
 GREEDY = {
@@ -98,6 +107,9 @@ def test_limits(tmp_path):
     assert "prefill alone costs 15.0 points, decode alone 2.0" in text
     assert "| knows the question | 79.0 [69.0, 89.0] | -1.0 [-6.0, +4.0] |" in text
     assert "| dice | 30.0 / 80.0 (50) |" in text
+    assert "| scene count_all | 50 | 80.0 | 60.0 | 10.0 |" in text
+    assert "Of the 10.0 points that SparseVILA loses, 10.0 are in 8 of 2 types" in text
+    assert "SparseVILA, prefill alone 18 too high and 6 too low of 19" in text
     assert (tmp_path / "figures" / "limits.png").stat().st_size > 10_000
 
 
