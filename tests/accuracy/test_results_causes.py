@@ -108,7 +108,7 @@ def test_limits(tmp_path):
     assert "| knows the question | 79.0 [69.0, 89.0] | -1.0 [-6.0, +4.0] |" in text
     assert "| dice | 30.0 / 80.0 (50) |" in text
     assert "| scene count_all | 50 | 80.0 | 60.0 | 10.0 |" in text
-    assert "Of the 10.0 points that SparseVILA loses, 10.0 are in 8 of 2 types" in text
+    assert "Of the 10.0 points that SparseVILA loses, 10.0 are in 2 of 2 types" in text
     assert "SparseVILA, prefill alone 18 too high and 6 too low of 19" in text
     assert (tmp_path / "figures" / "limits.png").stat().st_size > 10_000
 
