@@ -84,8 +84,8 @@ def _types(data: Row) -> str:
         shares = percent(row["dense"]), percent(row["accuracy"])
         lines.append((f"{row['kind']} {row['type']}", str(row["n"]), *shares, f"{lost(row):.1f}"))
     lead = (
-        f"Of the {sum(map(lost, own)):.1f} points that SparseVILA loses, {sum(map(lost, worst)):.1f} are in {len(worst)} "
-        f"of {len(own)} types of question:"
+        f"Of the {sum(map(lost, own)):.1f} points that SparseVILA loses, {sum(map(lost, worst)):.1f} are in "
+        f"{len(worst)} of {len(own)} types of question:"
     )
     made = table(("type", "n", "dense, %", "SparseVILA, %", "points of the whole"), lines)
     counts = {row["hand"]: row for row in data["counts"] if (row["kind"], row["type"]) == COUNTING}
@@ -95,8 +95,8 @@ def _types(data: Row) -> str:
         if (row := counts.get(hand))
     )
     counted = (
-        f"How many shapes a scene has: {told}. A model that tells a number by the *share* of tokens that show something "
-        "is misled when only empty ones are taken away."
+        f"How many shapes a scene has: {told}. A model that tells a number by the *share* of tokens that show "
+        "something is misled when only empty ones are taken away."
     )
     return f"{lead}\n\n{made}\n\n{counted}"
 
