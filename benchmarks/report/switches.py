@@ -49,7 +49,21 @@ def section(results: Path, figures: Path) -> str:
         "switch", "right, %", "points", "points, long", "KL, nats", "visual tokens read", "retrieval and decode, ms"
     )  # fmt: skip
     text = [f"## Switches\n\n{lead}", table(head, rows), figure("switches.png", "Differences with their intervals")]
-    return "\n\n".join([*text, command_of(data)])
+    return "\n\n".join([*text, verdict(found), command_of(data)])
+
+
+def verdict(found: dict[str, dict[str, Row]]) -> str:
+    """Which switches help, cost or do neither, by the intervals of the differences over all questions."""
+    gaps = {name.removeprefix(f"{BASE}:"): groups["all"] for name, groups in found.items()}
+    helps = [name for name, gap in gaps.items() if gap["low"] > 0]
+    costs = [name for name, gap in gaps.items() if gap["high"] < 0]
+    others = [name for name in gaps if name not in (*helps, *costs)]
+    told = {"more right": helps, "fewer right": costs, "not told apart": others}
+    parts = [f"{what}: {', '.join(f'`{name}`' for name in names)}" for what, names in told.items() if names]
+    return (
+        f"By their intervals, {'; '.join(parts)}. All stay off unless asked for: what helps one small model is no "
+        "default for others."
+    )
 
 
 def against(data: Row) -> dict[str, dict[str, Row]]:

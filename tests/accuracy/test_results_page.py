@@ -191,6 +191,13 @@ class TestSections:
         assert list(methods) == ["sparsevila", "fastv"]
         assert [(one["setting"], one["share"]) for one in methods["fastv"]] == [("fastv:0.9/0", 2.51 / 4)]
 
+    def test_switches_that_help_are_named(self):
+        gaps = {"sinks=4": 0.0, "refresh=4": 0.06, "global": -0.06}
+        text = switches.verdict({f"{BASE}:{name}": {"all": difference(mean)} for name, mean in gaps.items()})
+        assert text.startswith(
+            "By their intervals, more right: `refresh=4`; fewer right: `global`; not told apart: `sinks=4`."
+        )
+
     def test_switches_make_a_method_of_its_own(self):
         assert accuracy_cost.method_of("fastv:0.9/0") == "fastv"
         assert accuracy_cost.method_of("visionzip:0.6/0:positions=original") == "visionzip:positions=original"
