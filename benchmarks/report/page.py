@@ -22,7 +22,10 @@ from report.summary import block, placed
 
 ROOT = Path(__file__).resolve().parents[2]
 # In the order of the page.
-SECTIONS = ("report.not_shown",)
+SECTIONS = (
+    "report.findings", "report.accuracy_cost", "report.equal_cost", "report.limits", "report.greedy", "report.leakage",
+    "report.functional", "report.decoupling", "report.switches", "report.not_shown",
+)  # fmt: skip
 HEAD = """# Results
 
 What sparsity costs and what it keeps, measured. The built-in model answers questions about a drawn world whose truth
