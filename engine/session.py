@@ -26,17 +26,17 @@ from .diagnostics import Agreement, AnswerRating, Overlap, Selection, agreement,
 from .media import load_media
 from .meter import Meter
 from .prompt import check_text
+from .runner import Prefilled
 from .shortage import out_of_memory, shortage
 from .shrink import shrunk
 from .sparsity.base import Method, keep_count
 from .sparsity.registry import make_method, without_retrieval
 from .streaming import TextStream
-from .turn import TurnDriver
+from .turn import ROOM_FOR_TEXT, TurnDriver
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-_ROOM_FOR_TEXT = 512  # positions left free when that number is chosen
 _SELECTIONS_KEPT = 64  # turns whose active sets stay for diagnostics
 
 
@@ -180,7 +180,7 @@ class Session:
         kept = self._engine.model.tokens_per_frame()
         if self._policy.method("video").positions != "original":
             kept = keep_count(kept, self._policy.of_kind("video").prefill)
-        free = self._engine.max_context - state.checkpoint.next_position - _ROOM_FOR_TEXT
+        free = self._engine.max_context - state.checkpoint.next_position - ROOM_FOR_TEXT
         free -= sum(self._policy.planned_positions(item) for item in (state.media if state.stale else state.pending))
         if state.stale:  # the cache is empty, but the records will be in it again
             encode = self._engine.tokenizer.encode
@@ -330,20 +330,10 @@ class Session:
 
         The conversation is left as it was. Raises InvalidRequest where nothing is sparse in decode.
         """
-        check_text("prompt", text)
-        with self._exclusive():
-            self._cancelled.clear()
-            try:
-                driver = self._driver(Meter(), no_progress)
-                self._settle(driver.prepare(self._state))
-                asked, prefilled, _ = driver.ask(self._state, text)
-                if prefilled.scores is None:
-                    raise InvalidRequest("agreement: expected some media and a decode sparsity above 0")
-                return agreement(*driver.decode_twice(asked, prefilled, max_new_tokens))
-            except _Stopped:
-                raise SparseVILAError("agreement: cancelled before the comparison was done") from None
-            finally:
-                self._settle(self._state)
+        with self._asked_aside("agreement", text) as (driver, asked, prefilled):
+            if prefilled.scores is None:
+                raise InvalidRequest("agreement: expected some media and a decode sparsity above 0")
+            return agreement(*driver.decode_twice(asked, prefilled, max_new_tokens))
 
     def rate(self, text: str, answer: str) -> AnswerRating:
         """How likely this answer is as the next one, under the sparsity in force.
@@ -352,21 +342,27 @@ class Session:
         conversation is left as it was. Raises InvalidRequest where question or answer is empty, ContextTooLong where
         they do not fit.
         """
-        check_text("prompt", text)
         check_text("answer", answer)
+        with self._asked_aside("rate", text) as (driver, asked, prefilled):
+            return rating(*driver.rate(asked, prefilled, answer))
+
+    # Inside
+
+    @contextmanager
+    def _asked_aside(self, what: str, text: str) -> Iterator[tuple[TurnDriver, State, Prefilled]]:
+        """Prefills a question for something else than a turn; the conversation is left as it was."""
+        check_text("prompt", text)
         with self._exclusive():
             self._cancelled.clear()
             try:
                 driver = self._driver(Meter(), no_progress)
                 self._settle(driver.prepare(self._state))
                 asked, prefilled, _ = driver.ask(self._state, text)
-                return rating(*driver.rate(asked, prefilled, answer))
+                yield driver, asked, prefilled
             except _Stopped:
-                raise SparseVILAError("rate: cancelled before the answer was read") from None
+                raise SparseVILAError(f"{what}: cancelled before it was done") from None
             finally:
                 self._settle(self._state)
-
-    # Inside
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -35,7 +35,7 @@ from .streaming import TextStream
 if TYPE_CHECKING:
     from .engine import Engine
 
-_ROOM_BEHIND_MEDIA = 512  # positions left free for text where media keep the places of what was pruned
+ROOM_FOR_TEXT = 512  # positions left free behind media, by whoever plans what they take
 
 
 class TurnDriver:
@@ -136,7 +136,7 @@ class TurnDriver:
             return asked == "original"
         text = sum(map(len, self._texts_before_media(state)))
         need = self._cache.next_position + text + sum(len(item.token_map) for item in state.pending)
-        return need + min(_ROOM_BEHIND_MEDIA, self._engine.max_context // 4) <= self._engine.max_context
+        return need + min(ROOM_FOR_TEXT, self._engine.max_context // 4) <= self._engine.max_context
 
     def _encoded(self, item: MediaItem, method: Method) -> VisualTokens:
         if method.shrinks_by:

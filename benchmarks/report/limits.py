@@ -95,8 +95,8 @@ def _types(data: Row) -> str:
         if (row := counts.get(hand))
     )
     counted = (
-        f"How many shapes a scene has: {told}. A model that tells a number by the *share* of tokens that show "
-        "something is misled when only empty ones are taken away."
+        f"How many shapes a scene has: {told}. So errs who tells a number by the *share* of tokens that show "
+        "something, where only empty ones are taken away; the cause inside the model was not looked for."
     )
     return f"{lead}\n\n{made}\n\n{counted}"
 
