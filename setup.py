@@ -26,6 +26,7 @@ setup(
         "sparsevila.engine",
         "sparsevila.engine.sparsity",
         "sparsevila.kernels",
+        "sparsevila.kernels.cpu",
         "sparsevila.kernels.gpu",
         "sparsevila.quant",
         "sparsevila.models",
@@ -34,6 +35,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
+        "llvmlite>=0.46; platform_machine in 'x86_64 AMD64 aarch64 arm64'",
         "numpy>=1.26",
         "safetensors>=0.5",
         "sentencepiece>=0.2.1",

@@ -1,8 +1,8 @@
-"""Which of its two forms an op runs: torch's operations, or a Triton kernel of `kernels/gpu`.
+"""Which of its forms an op runs: torch's operations, a Triton kernel of `kernels/gpu`, machine code of `kernels/cpu`.
 
-CUDA tensors run Triton, CPU tensors torch. With TRITON_INTERPRET=1 in the environment, where Triton runs its kernels in
-Python on the CPU, CPU tensors run them too: this is how they are tested without a GPU. Not those of bfloat16, on which
-the interpreter's `tl.dot` is wrong.
+CUDA tensors run Triton, CPU tensors torch or, in quantised layers, machine code. With TRITON_INTERPRET=1 in the
+environment, where Triton runs its kernels in Python on the CPU, CPU tensors run them too: this is how they are tested
+without a GPU. Not those of bfloat16, on which the interpreter's `tl.dot` is wrong.
 """
 
 from __future__ import annotations
@@ -19,3 +19,10 @@ def runs_triton(tensor: Tensor) -> bool:
         return True
     interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return interpreted and tensor.dtype != torch.bfloat16
+
+
+def cpu_level() -> str:
+    """What `kernels/cpu` may use of this processor, a level of its `compiled.LEVELS`; "" for torch alone."""
+    from .cpu.compiled import level
+
+    return level()

@@ -124,15 +124,15 @@ class W4A16Linear(_QuantisedLinear):
     ) -> None:
         super().__init__(in_features, parts, bias=bias)
         self.group_size = group_size
-        self.layout = W4A16Layout(in_features, group_size)
+        self.layout = W4A16Layout(self.out_features, in_features, group_size)
         self.qweight: nn.Parameter | None = None  # see kernels/w4a16.py
-        self.scale_zero: nn.Parameter | None = None
-        self.remainder: nn.Parameter | None = None
+        self.scales: nn.Parameter | None = None
+        self.zeros: nn.Parameter | None = None
 
     def _pack(self, parts: list[Int4Weight | Int8Weight], device: torch.device) -> None:
         found = [part for part in parts if isinstance(part, Int4Weight) and part.group_size == self.group_size]
         assert len(found) == len(parts)
-        qweight, scale_zero, remainder, self.layout = pack_w4a16(
+        qweight, scales, zeros, self.layout = pack_w4a16(
             torch.cat([part.codes.to(device) for part in found]),
             torch.cat([part.scales.to(device, torch.float32) for part in found]),
             torch.cat([part.zeros.to(device) for part in found]),
@@ -140,14 +140,14 @@ class W4A16Linear(_QuantisedLinear):
             self.group_size,
         )
         self.qweight = nn.Parameter(qweight, requires_grad=False)
-        self.scale_zero = nn.Parameter(scale_zero, requires_grad=False)
-        self.remainder = nn.Parameter(remainder, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.zeros = nn.Parameter(zeros, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.qweight is not None, "the layer has not been filled"
-        assert self.scale_zero is not None
-        assert self.remainder is not None
-        return w4a16(x, self.qweight, self.scale_zero, self.remainder, self.layout, self.bias)
+        assert self.scales is not None
+        assert self.zeros is not None
+        return w4a16(x, self.qweight, self.scales, self.zeros, self.layout, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"

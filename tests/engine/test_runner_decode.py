@@ -230,8 +230,8 @@ def quantised(layers: Iterable[nn.Module], bits: int) -> None:
                 made = quantised_like(old, 128 if bits == 4 else None)
                 if isinstance(made, W4A16Linear):  # packing it for a GPU looks at the numbers
                     N, K = old.out_features, old.in_features
-                    made.layout = W4A16Layout(K, 128, words=True)
-                    made.qweight, made.scale_zero, made.remainder = (
+                    made.layout = W4A16Layout(N, K, 128, "words")
+                    made.qweight, made.scales, made.zeros = (
                         nn.Parameter(torch.empty(*shape, dtype=dtype, device=DEVICE), requires_grad=False)
                         for shape, dtype in (
                             ((N, K // 8), torch.int32), ((K // 128, N), torch.float16), ((K // 128, N), torch.uint8)

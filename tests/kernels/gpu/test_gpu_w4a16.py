@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsevila.kernels.gpu.int4_linear import FEW_TOKENS, lop3_agrees
-from sparsevila.kernels.w4a16 import W4A16Layout, pack_w4a16, unpack_w4a16, w4a16, w4a16_ref
+from sparsevila.kernels.w4a16 import W4A16Layout, group_scales, pack_w4a16, unpack_w4a16, w4a16, w4a16_ref
 
 # Relative to the largest value: few rows round the result alone, many each weight too.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 4e-6}
@@ -18,11 +18,11 @@ FEW, MANY = 3, FEW_TOKENS + 7
 Packed = tuple[Tensor, Tensor, Tensor, W4A16Layout]
 
 
-def matrix(N: int, K: int, g: int, device: str, *, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def matrix(N: int, K: int, g: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(N + K)
     groups = -(-K // g)
     codes = torch.randint(0, 16, (N, K), generator=rng)
-    zeros = torch.full((N, groups), 8) if symmetric else torch.randint(0, 16, (N, groups), generator=rng)
+    zeros = torch.randint(0, 16, (N, groups), generator=rng)
     scales = ((torch.rand(N, groups, generator=rng) + 0.1) * 0.02).half()
     return codes.to(device), scales.to(device), zeros.to(device)
 
@@ -49,16 +49,12 @@ def error(got: Tensor, want: Tensor, size: float | None = None) -> float:
     return float((got.double() - want).abs().max() / (size or want.abs().max()))
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("M", [1, FEW, 16, FEW_TOKENS, FEW_TOKENS + 1, 130])
 @pytest.mark.parametrize(("N", "K", "g"), SIZES + OTHER_GROUPS)
-def test_it_is_the_product_with_the_dequantised_matrix(
-    N: int, K: int, g: int, M: int, symmetric: bool, device: str
-) -> None:
-    parts = matrix(N, K, g, device, symmetric=symmetric)
+def test_it_is_the_product_with_the_dequantised_matrix(N: int, K: int, g: int, M: int, device: str) -> None:
+    parts = matrix(N, K, g, device)
     tensors = packed(*parts, g)
-    assert tensors[-1].words == ((N, K, g) in SIZES)
-    assert tensors[-1].symmetric == symmetric
+    assert (tensors[-1].form == "words") == ((N, K, g) in SIZES)
     x = inputs(M, K, device)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).half().to(device)
     got = w4a16(x, *tensors, bias)
@@ -74,10 +70,11 @@ def test_it_is_the_product_with_the_dequantised_matrix(
 def test_packed_codes_scales_and_zero_points_come_back(N: int, K: int, g: int, device: str) -> None:
     codes, scales, zeros = matrix(N, K, g, device)
     words, kept_scales, kept_zeros, layout = packed(codes, scales, zeros, g)
-    assert torch.equal(unpack_w4a16(words, N, layout).long(), codes)
+    assert torch.equal(unpack_w4a16(words, layout).long(), codes)
     assert words.numel() * 8 == N * -(-K // 128) * 128
     groups = scales.shape[1]
     assert kept_scales.dtype == torch.float16
+    assert all(map(torch.equal, group_scales(kept_scales, kept_zeros, layout), (kept_scales.t(), kept_zeros.t())))
     assert torch.equal(kept_scales[:groups].t(), scales)
     assert torch.equal(kept_zeros[:groups].t().long(), zeros)
     assert not kept_scales[groups:].any()
