@@ -72,19 +72,25 @@ def _may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
 
 
-@functools.cache
 def _target_machine(of: str) -> Any:
+    """A new one: each engine frees its own when it goes."""
     from llvmlite import binding
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
+    # The name of a processor would bring features of its own, of which a virtual machine may lack some.
+    target = binding.Target.from_default_triple()
+    return target.create_target_machine(cpu="", features=_features(of), opt=3, jit=True)
+
+
+@functools.cache
+def _features(of: str) -> str:
+    from llvmlite import binding
+
     has = {name for name, there in binding.get_host_cpu_features().items() if there}
     # Below the highest level, what comes above it is left out: so each can be tried on one machine.
     beyond = {"any": ("avx512", "avx10", "amx"), "avx512": ("amx",), "amx": ()}[of]
-    flags = [("-" if of != _highest() and name.startswith(beyond) else "+") + name for name in sorted(has)]
-    # The name of a processor would bring features of its own, of which a virtual machine may lack some.
-    target = binding.Target.from_default_triple()
-    return target.create_target_machine(cpu="", features=",".join(flags), opt=3, jit=True)
+    return ",".join(("-" if of != _highest() and name.startswith(beyond) else "+") + name for name in sorted(has))
 
 
 class Compiled:
