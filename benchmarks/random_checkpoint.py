@@ -1,7 +1,7 @@
 """Write a randomly initialised LLaVA-NeXT or LLaVA-NeXT-Video checkpoint in the layout of the real ones.
 
     python benchmarks/random_checkpoint.py --preset tiny OUT [--seed 0] [--dtype bfloat16]
-        [--llm w4a16] [--vision w8a8] [--group 128]
+        [--llm w4a16] [--vision w8a8] [--lm-head int8] [--group 128]
 
 The folder has the tensor names, config keys and tokenizer files of a published checkpoint, so the whole
 path from file to answer runs without a download. Its answers are noise. The weights have the scale of a
@@ -473,6 +473,7 @@ def _write_weights(folder: Path, shape: Shape, seed: int, dtype: torch.dtype, ma
 # Quantised weights --------------------------------------------------------------------------------------------------
 
 _CODES_STD = {4: 4.61, 8: 42.0}  # of drawn codes: uniform over 16 values, and normal with few beyond 127
+_HEAD = "language_model.lm_head.weight"
 _TEXT_LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\..*_proj\.weight")
 _VISION_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(self_attn|mlp)\..*\.weight")
 
@@ -483,13 +484,15 @@ def write_random_quantised(
     *,
     llm: bool = True,
     vision: bool = True,
+    head: bool = False,
     seed: int = 0,
     dtype: str = "bfloat16",
     group_size: int = 128,
 ) -> None:
     """Write the same model with the matrices of the decoder's layers in 4 bits and of the tower's used layers in 8.
 
-    In compressed-tensors' formats; without `llm` or `vision` that part stays in floats. `dtype` is that of the rest and
+    In compressed-tensors' formats; without `llm` or `vision` that part stays in floats, with `head` the output matrix
+    has 8 bits. `dtype` is that of the rest and
     of the scales. Raises InvalidRequest where `folder` exists. Holds one decoder layer, or the rest, at a time.
     """
     from sparsevila.quant.export import CheckpointWriter
@@ -503,6 +506,7 @@ def write_random_quantised(
     for unit, draws in units.items():
         wanted = [bits for bits, asked in ((4, llm), (8, vision)) if asked]
         codes = {name: bits for name, _ in draws if (bits := _bits_of(name, shape)) in wanted}
+        codes |= {name: 8 for name, _ in draws if head and name == _HEAD}
         writer.add(
             unit,
             dense={name: _draw(name, draw, generator, float_type) for name, draw in draws if name not in codes},
@@ -521,13 +525,21 @@ def write_random_quantised(
 
 
 def write(
-    folder: Path, shape: Shape, *, llm: str, vision: str, seed: int = 0, dtype: str = "bfloat16", group: int = 128
+    folder: Path,
+    shape: Shape,
+    *,
+    llm: str,
+    vision: str,
+    lm_head: str = "none",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    group: int = 128,
 ) -> None:
     """Either kind, by the words of the command line."""
-    if llm == vision == "none":
+    if llm == vision == lm_head == "none":
         write_random_checkpoint(folder, shape, seed=seed, dtype=dtype)
         return
-    parts = {"llm": llm != "none", "vision": vision != "none"}
+    parts = {"llm": llm != "none", "vision": vision != "none", "head": lm_head != "none"}
     write_random_quantised(folder, shape, **parts, seed=seed, dtype=dtype, group_size=group)
 
 
@@ -562,13 +574,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--llm", default="none", choices=["w4a16", "none"])
     parser.add_argument("--vision", default="none", choices=["w8a8", "none"])
+    parser.add_argument("--lm-head", default="none", choices=["int8", "none"])
     parser.add_argument("--group", type=int, default=128, metavar="N", help="inputs that share a scale in 4 bits")
     args = parser.parse_args(argv)
     try:
         shape = preset(args.preset)
     except ValueError as error:
         parser.error(str(error))
-    write(args.folder, shape, llm=args.llm, vision=args.vision, seed=args.seed, dtype=args.dtype, group=args.group)
+    parts = {"llm": args.llm, "vision": args.vision, "lm_head": args.lm_head}
+    write(args.folder, shape, **parts, seed=args.seed, dtype=args.dtype, group=args.group)
     size = sum(f.stat().st_size for f in args.folder.iterdir() if f.is_file())
     print(f"{args.preset}: {size / 1e6:.1f} MB in {args.folder}")
 

@@ -4,8 +4,9 @@
 
 Segment a is the active set (or, in a dense turn, the visual store), segment b the text store. Attention
 does not care about the order of keys, each of which carries its own rotation.
-On a CPU it is a grouped matrix product over (key heads, query heads of a group): torch's
-`scaled_dot_product_attention(enable_gqa=True)` is many times slower at one query (benchmarks/kernels).
+On a CPU it is machine code (`cpu/decode_attention.py`), or else a grouped matrix product over (key heads, query heads
+of a group): torch's `scaled_dot_product_attention(enable_gqa=True)` is many times slower at one query
+(benchmarks/kernels).
 Source: flash-decoding (Dao et al., 2023) for the split; arXiv 2305.13245 for the groups.
 Sizes: H query heads, H_kv key heads, A and B keys of the segments, D head dimension.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_triton
+from .backend import cpu_level, runs_triton
 
 Segment = tuple[Tensor, Tensor]  # k, v, each (H_kv, keys, D)
 
@@ -45,6 +46,11 @@ def decode_attention(
         if lengths is None:
             lengths = torch.tensor([a[0].shape[1], b[0].shape[1]]).to(q.device, non_blocking=True)
         return by_kernel(q, a, b, lengths, scale)
+    if q.device.type == "cpu" and (level := cpu_level()):
+        from .cpu import decode_attention as machine
+
+        if machine.takes(q, a, b):
+            return machine.decode_attention(q, a, b, lengths, scale, level)
     if lengths is not None and lengths.ndim == 2:
         return torch.cat([decode_attention(*one, scale=scale) for one in _by_key_head(q, a, b, lengths)])
     a, b = _in_use(a, b, lengths)

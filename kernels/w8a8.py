@@ -3,8 +3,9 @@
     y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
 
 a and act_scale are `quantize_rows` of the input, normalised before on request; an activation may follow. The sum is
-exact in int32, the rest float32. On a CPU with int8 instructions the weights are kept once, in the order that oneDNN
-multiplies in (`pack_w8a8`): torch's own int8 product would bring them into that order at every call.
+exact in int32, the rest float32. On a CPU with tile registers (AMX) all of it is machine code (`cpu/int8_linear.py`);
+on one with int8 instructions alone the weights are kept once, in the order that oneDNN multiplies in (`pack_w8a8`):
+torch's own int8 product would bring them into that order at every call.
 Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N outputs, K inputs.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation import activation, activation_ref
-from .backend import runs_triton
+from .backend import cpu_level, runs_triton
 from .quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
@@ -32,14 +33,18 @@ _CUDA_MIN_ROWS = 17
 def pack_w8a8(codes: Tensor) -> Tensor:
     """codes (N, K) int8 -> what `w8a8` reads fastest on their device, once, at load.
 
-    On a CPU an opaque tensor of oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which
-    is neither copied nor read by other operations; for Triton the codes in rows of whole 16 bytes; elsewhere, and
-    on a CPU without int8 instructions, the codes.
+    On a CPU with tile registers (tiles, steps, 1024) int8, with one that has int8 instructions an opaque tensor of
+    oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which is neither copied nor read by
+    other operations; for Triton the codes in rows of whole 16 bytes; elsewhere the codes.
     """
     if runs_triton(codes):
         from .gpu.int8_linear import padded
 
         return padded(codes)[:, : codes.shape[1]]
+    if codes.device.type == "cpu" and cpu_level() == "amx":
+        from .cpu.int8_linear import pack
+
+        return pack(codes)
     if codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
         packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         return packed
@@ -47,15 +52,23 @@ def pack_w8a8(codes: Tensor) -> Tensor:
 
 
 def w8a8(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, norm: RowNorm | None = None, act: str = ""
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    norm: RowNorm | None = None,
+    act: str = "",
 ) -> Tensor:
     """x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
     weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any
-    float or None. `norm` is what x goes through before, `act` (a name of `activation`) what the sums go through behind:
-    where Triton runs, both in the kernels. Raises ValueError where shapes or dtypes differ.
+    float or None; `shape` (N, K), which packed weights may not tell by themselves. `norm` is what x goes through
+    before, `act` (a name of `activation`) what the sums go through behind: where Triton runs, both in the kernels.
+    Raises ValueError where shapes or dtypes differ.
     """
-    _check(x, weight, scales, bias)
+    _check(x, weight, scales, bias, shape)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if runs_triton(x) and not weight.is_mkldnn:
         from .gpu.int8_linear import int8_linear, with_padding
@@ -63,7 +76,13 @@ def w8a8(
         weight = with_padding(weight)
         out = int8_linear(*quantize_rows(rows, norm, width=weight.shape[1]), weight, scales, bias, x.dtype, act)
         return out.reshape(*x.shape[:-1], scales.shape[0])
-    out = _plain(rows, weight, scales, bias, norm).reshape(*x.shape[:-1], scales.shape[0])
+    if weight.ndim == 3:
+        from .cpu.int8_linear import int8_linear as by_tiles
+
+        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias)
+    else:
+        out = _plain(rows, weight, scales, bias, norm)
+    out = out.reshape(*x.shape[:-1], scales.shape[0])
     return activation(out, act) if act else out
 
 
@@ -95,10 +114,17 @@ def _finish(product: Tensor, act_scales: Tensor, scales: Tensor | None, bias: Te
 
 
 def w8a8_ref(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, *, norm: RowNorm | None = None, act: str = ""
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    norm: RowNorm | None = None,
+    act: str = "",
 ) -> Tensor:
     """The definition in float64, of weights that are not packed."""
-    _check(x, weight, scales, bias)
+    _check(x, weight, scales, bias, shape)
     codes, act_scales = quantize_rows_ref(x.reshape(-1, x.shape[-1]), norm)
     inputs = codes.double() * act_scales.double()[:, None]
     out = inputs @ (weight.double() * scales.double()[:, None]).t()
@@ -108,11 +134,24 @@ def w8a8_ref(
     return activation_ref(out, act) if act else out
 
 
-def _check(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-    # What is packed says its shape the other way round.
-    shape = tuple(reversed(weight.shape)) if weight.is_mkldnn else tuple(weight.shape)
-    if len(shape) != 2 or weight.dtype != torch.int8 or shape[1] > MAX_IN_FEATURES:
-        raise ValueError(f"expected weight (N, K) int8 with K at most {MAX_IN_FEATURES}, got {shape} {weight.dtype}")
+def _check(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, shape: tuple[int, int] | None = None
+) -> None:
+    if weight.ndim == 3:
+        from .cpu.int8_linear import packed_shape
+
+        shape = shape or (scales.numel(), x.shape[-1] if x.ndim else 0)
+        if weight.shape != packed_shape(*shape) or weight.dtype != torch.int8:
+            raise ValueError(
+                f"expected weight {packed_shape(*shape)} int8 for {shape}, got {tuple(weight.shape)} {weight.dtype}"
+            )
+    elif weight.ndim == 2 and weight.dtype == torch.int8:
+        N, K = weight.shape
+        shape = (K, N) if weight.is_mkldnn else (N, K)  # oneDNN says it the other way round
+    else:
+        raise ValueError(f"expected weight (N, K) int8, got {tuple(weight.shape)} {weight.dtype}")
+    if shape[1] > MAX_IN_FEATURES:
+        raise ValueError(f"expected weight (N, K) int8 with K at most {MAX_IN_FEATURES}, got {shape}")
     N, K = shape
     if x.ndim < 1 or x.shape[-1] != K:
         raise ValueError(f"expected x (..., {K}), got {tuple(x.shape)}")

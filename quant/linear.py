@@ -156,7 +156,7 @@ class W4A16Linear(_QuantisedLinear):
 class _Int8Linear(_QuantisedLinear):
     """Codes of 8 bits with a scale per output, activations quantised to 8 bits per token while running.
 
-    On a CPU the weights may be packed in a way that can be neither copied, moved nor saved.
+    On a CPU without tile registers the weights may be packed in a way that can be neither copied, moved nor saved.
     """
 
     def __init__(self, in_features: int, parts: int | Mapping[str, int], *, bias: bool = False) -> None:
@@ -173,7 +173,7 @@ class _Int8Linear(_QuantisedLinear):
     def forward(self, x: Tensor) -> Tensor:
         assert self.qweight is not None, "the layer has not been filled"
         assert self.scales is not None
-        return w8a8(x, self.qweight, self.scales, self.bias)
+        return w8a8(x, self.qweight, self.scales, self.bias, shape=(self.out_features, self.in_features))
 
     def fused(self, x: Tensor, *, norm: nn.Module | None = None, act: str = "") -> Tensor:
         if not runs_triton(x):
@@ -187,7 +187,8 @@ class _Int8Linear(_QuantisedLinear):
             assert isinstance(norm.eps, float)
             bias = getattr(norm, "bias", None)  # an RMSNorm has none
             rows = RowNorm(norm.weight, bias, norm.eps)
-        return w8a8(x, self.qweight, self.scales, self.bias, norm=rows, act=act)
+        shape = (self.out_features, self.in_features)
+        return w8a8(x, self.qweight, self.scales, self.bias, shape=shape, norm=rows, act=act)
 
 
 class W8A8Linear(_Int8Linear):

@@ -14,7 +14,13 @@ LAYERS = ("kernels", "quant", "models", "engine")
 FOLDERS = (*LAYERS, "benchmarks", "tests")
 ENTRY_POINTS = ("chat", "quant.__main__", "engine.server", "engine.lmms_eval_plugin", "benchmarks", "setup")
 HOMES = {  # heavy or optional packages, and the only files that may import them
-    "llvmlite": {"kernels.cpu.emit", "kernels.cpu.compiled", "kernels.cpu.int4_linear", "kernels.cpu.int8_linear"},
+    "llvmlite": {
+        "kernels.cpu.compiled",
+        "kernels.cpu.decode_attention",
+        "kernels.cpu.emit",
+        "kernels.cpu.int4_linear",
+        "kernels.cpu.int8_linear",
+    },
     "av": {"engine.video", "engine.doctor"},  # the second lists codecs only
     "PIL": {
         "engine.images",

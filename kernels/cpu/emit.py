@@ -8,7 +8,8 @@ operation becomes is LLVM's affair: sixteen floats are one register of AVX-512, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +39,9 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, BF16, F32 = ir.HalfType(), _BFloat(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 FLOATS = (F16, BF16, F32)
+
+_LOG2_E, _ROUNDING = 1 / math.log(2), 1.5 * 2**23
+_POWERS_OF_2 = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]  # of 2^x for |x| <= 1/2
 
 
 def vector(element: ir.Type, length: int) -> ir.VectorType:
@@ -216,7 +220,14 @@ class Kernel:
         return self.load(array, I64, index * 8)
 
     def address(self, index: int) -> Value:
-        return Value(self.builder, self.builder.inttoptr(self.argument(index).of, POINTER))
+        return self.as_address(self.argument(index))
+
+    def as_address(self, number: Value) -> Value:
+        return Value(self.builder, self.builder.inttoptr(number.of, POINTER))
+
+    def lanes(self, count: int) -> Value:
+        """0, 1, 2 and so on."""
+        return Value(self.builder, ir.Constant(vector(I64, count), list(range(count))))
 
     def int(self, number: int) -> Value:
         return Value(self.builder, ir.Constant(I64, number))
@@ -246,15 +257,13 @@ class Kernel:
 
     def load_first(self, pointer: Value, of: ir.VectorType, count: Value) -> Value:
         """The first so many lanes; the others are 0 and their memory is not touched."""
-        lanes = Value(self.builder, ir.Constant(vector(I64, of.count), list(range(of.count))))
-        mask = lanes < count.splat(of.count)
+        mask = self.lanes(of.count) < count.splat(of.count)
         return self.call("llvm.masked.load", of, pointer, self.fill(I32, 1), mask, self.fill(of, 0))
 
     def store_first(self, value: Value, pointer: Value, count: Value) -> None:
         """The first so many lanes of a vector."""
         length = value.type.count
-        lanes = Value(self.builder, ir.Constant(vector(I64, length), list(range(length))))
-        mask = lanes < count.splat(length)
+        mask = self.lanes(length) < count.splat(length)
         self.call("llvm.masked.store", VOID, value, pointer, self.fill(I32, 1), mask)
 
     # Control
@@ -339,6 +348,24 @@ class Kernel:
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a * b + c, rounded once."""
         return self.call("llvm.fma", a.type, a, b, c)
+
+    def exp(self, x: Value) -> Value:
+        """e^x of float32 up to 0, within 2 units of the last place; 0 below -87, where numbers lose their bits."""
+        power = (x < -87.0).choose(self.fill(x.type, -87.0), x) * _LOG2_E
+        shifted = power + _ROUNDING  # beside it a float has no fraction: its last bits are the nearest integer
+        rest = power - (shifted - _ROUNDING)
+        result = self.fill(x.type, _POWERS_OF_2[0])
+        for coefficient in _POWERS_OF_2[1:]:
+            result = self.fma(result, rest, self.fill(x.type, coefficient))
+        bits = vector(I32, x.type.count)
+        result = (result.bits(bits) + (shifted.bits(bits) << 23)).bits(x.type)
+        return (x < -87.0).choose(self.fill(x.type, 0), result)
+
+    def reduced(self, values: Value, join: Callable[[Value, Value], Value]) -> Value:
+        """All lanes of a vector, joined two by two."""
+        while (count := values.type.count // 2) > 0:
+            values = join(values.pick(range(count)), values.pick(range(count, 2 * count)))
+        return values.lane(0)
 
     def larger(self, a: Value, b: Value) -> Value:
         return self.call("llvm.maxnum" if a.element in FLOATS else "llvm.umax", a.type, a, b)

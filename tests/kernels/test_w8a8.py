@@ -7,6 +7,8 @@ import torch
 
 from sparsevila.kernels import w8a8 as module
 from sparsevila.kernels.activation import ACTIVATIONS, activation, activation_ref
+from sparsevila.kernels.backend import cpu_level
+from sparsevila.kernels.cpu import int8_linear
 from sparsevila.kernels.quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 from sparsevila.kernels.w8a8 import MAX_IN_FEATURES, pack_w8a8, w8a8, w8a8_ref
 
@@ -34,6 +36,21 @@ def error(got, want) -> float:
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     return float(((got.double() - want).abs().amax(-1) / want.abs().amax(-1)).max())
+
+
+def by_onednn(codes: torch.Tensor) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEVILA_CPU", "torch")
+        return pack_w8a8(codes)
+
+
+def by_tiles(codes: torch.Tensor) -> torch.Tensor:
+    if cpu_level() != "amx":
+        pytest.skip("the processor has no tile registers")
+    return pack_w8a8(codes)
+
+
+PACKS = pytest.mark.parametrize("pack", [torch.clone, by_onednn, by_tiles])
 
 
 class TestQuantizeRows:
@@ -91,7 +108,7 @@ class TestQuantizeRows:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+@PACKS
 def test_against_the_definition(M, N, K, dtype, pack):
     x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
     bias = torch.randn(N, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -130,7 +147,7 @@ def test_rows_behind_a_norm(kind, dtype):
 
 @pytest.mark.parametrize("act", ["", *ACTIVATIONS])
 @pytest.mark.parametrize("kind", ["", *NORMS])
-@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+@PACKS
 def test_norm_and_activation_are_those_that_stand_apart(pack, kind, act):
     x, (codes, scales) = inputs(17, 100), weights(24, 100)
     scales = scales * 0.1
@@ -162,7 +179,7 @@ def test_against_the_product_of_floats():
     assert 1e-4 < error(w8a8(x, codes, scales), exact) < 0.1
 
 
-@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+@PACKS
 def test_the_longest_sum_stays_in_int32(pack):
     x = torch.full((1, MAX_IN_FEATURES), -1.0)
     codes = torch.full((2, MAX_IN_FEATURES), -128, dtype=torch.int8)
@@ -170,7 +187,7 @@ def test_the_longest_sum_stays_in_int32(pack):
     assert error(got, torch.full((1, 2), 128.0 * MAX_IN_FEATURES, dtype=torch.float64)) < 1e-6
 
 
-@pytest.mark.parametrize("pack", [torch.clone, pack_w8a8], ids=["plain", "packed"])
+@PACKS
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("M", "N", "K"), [(600, 342, 128), (130, 4304, 16), (65, 72, 3420)])
 def test_rows_in_several_steps(monkeypatch, M, N, K, biased, pack):
@@ -183,36 +200,110 @@ def test_rows_in_several_steps(monkeypatch, M, N, K, biased, pack):
     assert torch.equal(x, kept)
 
 
-def test_leading_dimensions_and_no_rows():
+@PACKS
+def test_leading_dimensions_and_no_rows(pack):
     x, (codes, scales) = inputs(6, 64), weights(5, 64)
-    want = w8a8(x, codes, scales)
-    assert torch.equal(w8a8(x.view(2, 3, 64), codes, scales), want.view(2, 3, 5))
-    assert torch.equal(w8a8(x[0], codes, scales), want[0])
-    assert w8a8(x[:0], codes, scales).shape == (0, 5)
-    assert w8a8(x[:0], pack_w8a8(codes), scales).shape == (0, 5)
+    packed = pack(codes)
+    want = w8a8(x, packed, scales)
+    assert torch.equal(w8a8(x.view(2, 3, 64), packed, scales), want.view(2, 3, 5))
+    assert torch.equal(w8a8(x[0], packed, scales), want[0])
+    assert torch.equal(w8a8(x.t().contiguous().t(), packed, scales), want)
+    assert w8a8(x[:0], packed, scales).shape == (0, 5)
 
 
-def test_packed_weights_of_another_shape_are_refused():
+@pytest.mark.parametrize("pack", [by_onednn, by_tiles])
+def test_packed_weights_of_another_shape_are_refused(pack):
     x, (codes, scales) = inputs(2, 64), weights(5, 64)
     with pytest.raises(ValueError, match=r"expected x \(\.\.\., 64\)"):
-        w8a8(x[:, 1:], pack_w8a8(codes), scales)
+        w8a8(x[:, 1:], pack(codes), scales, shape=(5, 64))
     with pytest.raises(ValueError, match="expected scales"):
-        w8a8(x, pack_w8a8(codes), scales[1:])
+        w8a8(x, pack(codes), scales[1:], shape=(5, 64))
+    if pack is by_tiles:
+        with pytest.raises(ValueError, match="expected weight"):
+            w8a8(inputs(2, 65), pack(codes), scales)
 
 
+class TestTiles:
+    """The machine code with tile registers: edges of tiles, panels and threads."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("M", [1, 15, 16, 17, 31, 32, 33, 47, 64, 130])
+    @pytest.mark.parametrize(("N", "K"), [(13, 33), (16, 64), (33, 127), (64, 128), (100, 200)])
+    def test_every_edge(self, M, N, K, dtype, monkeypatch):
+        x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
+        packed = by_tiles(codes)
+        monkeypatch.setattr(int8_linear, "_PANEL_BYTES", 1 << 13)  # several panels
+        empty = torch.empty
+        # What is not written shows.
+        monkeypatch.setattr(torch, "empty", lambda *shape, **named: empty(*shape, **named).fill_(77))
+        got = w8a8(x, packed, scales)
+        # The codes of torch's operations, which have a test of their own: a tie would be worth more than the tolerance.
+        rows, row_scales = quantize_rows(x)
+        want = (rows.double() @ codes.double().t()) * row_scales.double()[:, None] * scales.double()
+        assert float(((got.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()) < TOLERANCE[dtype]
+
+    def test_neighbours_are_neither_read_nor_written(self):
+        """Rows between numbers that would show in every product, and a result between kept ones."""
+        codes, scales = weights(20, 70)
+        x = torch.full((5, 70), float("nan"))
+        x[2:4] = inputs(2, 70)
+        want = w8a8_ref(x[2:4], codes, scales)
+        assert error(w8a8(x[2:4], by_tiles(codes), scales), want) < TOLERANCE[torch.float32]
+
+    def test_codes_come_back(self):
+        codes, _ = weights(45, 130)
+        assert torch.equal(int8_linear.unpack(by_tiles(codes), 45, 130), codes)
+
+    def test_rows_that_are_no_numbers_stay_alone(self):
+        x, (codes, scales) = inputs(20, 96, torch.bfloat16), weights(24, 96)
+        clean = w8a8(x, by_tiles(codes), scales)
+        x[3, 5], x[18, 90] = float("nan"), float("inf")
+        got = w8a8(x, by_tiles(codes), scales)
+        others = [row for row in range(20) if row not in (3, 18)]
+        assert torch.equal(got[others], clean[others])
+        assert got[3].isnan().all()
+        assert not got[18].isfinite().any()
+
+    @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e33])
+    def test_rows_of_any_size(self, size):
+        x, (codes, scales) = inputs(3, 64).clamp(-1, 1), weights(16, 64)
+        scales = torch.ones_like(scales)
+        x[1] = 0
+        x[2] *= size
+        got, want = w8a8(x, by_tiles(codes), scales), w8a8_ref(x, codes, scales)
+        assert not got[1].any()
+        if size > 1e-38:  # below, a scale has too few bits for an error relative to the row
+            assert error(got[2:], want[2:]) < 1e-3  # a tie may be rounded the other way
+        else:
+            assert float((got[2].double() - want[2]).abs().max()) <= 64 * 128 * 1e-44
+
+    def test_threads_change_nothing(self):
+        x, (codes, scales) = inputs(100, 200, torch.bfloat16), weights(300, 200)
+        packed, before, found = by_tiles(codes), torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(w8a8(x, packed, scales))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("pack", [torch.clone, by_tiles])
 @pytest.mark.parametrize("fault", ["scales of other rows", "one token's scale for all", "last input", "sign", "zeros"])
-def test_a_fault_would_show(fault):
+def test_a_fault_would_show(fault, pack):
     x, (codes, scales) = inputs(17, 65), weights(96, 65)
     want = w8a8_ref(x, codes, scales)
     if fault == "scales of other rows":
-        got = w8a8(x, codes, scales.roll(1))
+        got = w8a8(x, pack(codes), scales.roll(1))
     elif fault == "one token's scale for all":
         act_codes, act_scales = quantize_rows(x)
         got = act_codes.float() @ (codes.float() * scales[:, None]).t() * act_scales[0]
     elif fault == "last input":
-        got = w8a8(torch.cat([x[:, :-1], torch.zeros(17, 1)], 1), codes, scales)
+        got = w8a8(torch.cat([x[:, :-1], torch.zeros(17, 1)], 1), pack(codes), scales)
     elif fault == "sign":
-        got = w8a8(x, codes.bitwise_xor(-128), scales)
+        got = w8a8(x, pack(codes.bitwise_xor(-128)), scales)
     else:
         got = torch.zeros(17, 96)
     assert error(got, want) > 0.01

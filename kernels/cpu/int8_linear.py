@@ -1,0 +1,232 @@
+"""Linear layers with 8-bit weights and 8-bit activations, in machine code with tile registers (AMX).
+
+    y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
+
+with a and act_scale of x's rows as in `quantize_rows`. Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N
+outputs, K inputs.
+
+**Layout.** Outputs stand in tiles of 16, padded to two of them, inputs in steps of 64. A step of a tile is 1024 bytes:
+16 times four neighbouring inputs of each of the 16 outputs, as the tile registers want their second operand.
+
+Rows are quantised into tiles of 16 x 64, in two passes over each row, of which the second finds it in the L1 cache.
+Sums of 32 rows and 32 outputs stay in four tile registers over all inputs; they are scaled and rounded from the L1
+cache.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+from torch.nn import functional as F
+
+from .compiled import Compiled, Scratch
+from .emit import BF16, F16, F32, I8, I16, I32, VOID, Kernel, Value, vector, write_outputs
+
+TILE, STEP = 16, 64  # outputs and rows of a tile, inputs of a product of tiles
+PAIR = 2 * TILE
+_TILE_BYTES = 1024  # of 16 x 64 codes, or of 16 x 16 sums
+_VECTOR = 64  # bytes
+_PREFETCHED = 4096  # bytes ahead: the processor's own prefetching stops at every page
+_PANEL_BYTES = 1 << 20  # of weights, which stay in the L2 cache while all rows pass
+_LARGEST = 127.0
+
+_ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
+_F32x16 = vector(F32, 16)
+
+_scratch = Scratch()
+
+
+def pack(codes: Tensor) -> Tensor:
+    """codes (N, K) int8 -> (tiles, steps, 1024) int8; what is padded is 0."""
+    padded = F.pad(codes, (0, -codes.shape[1] % STEP, 0, -codes.shape[0] % PAIR))
+    steps = padded.shape[1] // STEP
+    return padded.view(-1, TILE, steps, TILE, 4).permute(0, 2, 3, 1, 4).reshape(-1, steps, _TILE_BYTES).contiguous()
+
+
+def unpack(tiles: Tensor, num_rows: int, in_features: int) -> Tensor:
+    """The codes (N, K) int8 of `pack`."""
+    count, steps = tiles.shape[:2]
+    rows = tiles.view(count, steps, TILE, TILE, 4).permute(0, 3, 1, 2, 4).reshape(count * TILE, steps * STEP)
+    return rows[:num_rows, :in_features]
+
+
+def packed_shape(num_rows: int, in_features: int) -> tuple[int, int, int]:
+    """Of what `pack` returns."""
+    return -(-num_rows // PAIR) * 2, -(-in_features // STEP), _TILE_BYTES
+
+
+def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) float32, bfloat16 or float16, contiguous; tiles of `pack`; scales (N,) float32; bias (N,) of any float
+    or None. Returns (M, N) in x's dtype. The level of the processor must be "amx".
+    """
+    (M, K), N, (count, steps, _) = x.shape, scales.shape[0], tiles.shape
+    out = torch.empty(M, N, dtype=x.dtype)
+    if M == 0:
+        return out
+    threads, row_tiles, pairs = torch.get_num_threads(), -(-M // TILE), count // 2
+    most = max(1, _PANEL_BYTES // (PAIR * STEP * steps)) if row_tiles > 2 else 1
+    panel = max(1, min(most, pairs // threads))
+    units = -(-pairs // panel)
+    more = -N % PAIR
+    wide = scales.new_zeros(N + more) if bias is None else F.pad(bias.float(), (0, more))
+    scales = F.pad(scales, (0, more))
+    code_bytes, scale_bytes = (row_tiles + row_tiles % 2) * steps * _TILE_BYTES, (row_tiles + 1) * _VECTOR
+    at, memory = _scratch.take(code_bytes + scale_bytes + 4 * _TILE_BYTES * min(threads, units))
+    scales_at = at + code_bytes
+    _quantise_kernel(x.dtype)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
+    _product_kernel(x.dtype)(
+        units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), wide.data_ptr(),
+        out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes,
+    )  # fmt: skip
+    del memory
+    return out
+
+
+@functools.cache
+def _quantise_kernel(dtype: torch.dtype) -> Compiled:
+    return Compiled(lambda module, name: _write_quantise(Kernel(module, name), _ELEMENT[dtype]), "quantise", "amx")
+
+
+@functools.cache
+def _product_kernel(dtype: torch.dtype) -> Compiled:
+    return Compiled(lambda module, name: _write_product(Kernel(module, name), _ELEMENT[dtype]), "int8_product", "amx")
+
+
+def _write_quantise(k: Kernel, element: ir.Type) -> None:
+    """Rows to codes in tiles, and their scales. Arguments: x, tiles, scales; M, K, steps."""
+    given, made, scales = (k.address(i) for i in (3, 4, 5))
+    M, K, steps = (k.argument(i) for i in (6, 7, 8))
+    size = 4 if element == F32 else 2
+    integer, lanes = (I32, 16) if size == 4 else (I16, 32)
+    # Without its sign a float is ordered as its bits are, and a NaN is above all.
+    magnitude = k.fill(vector(integer, lanes), (1 << (8 * size - 1)) - 1)
+    whole = K - K % lanes
+    with k.units() as tile, k.loop(0, k.smaller(k.int(TILE), M - tile * TILE)) as r:
+        row = tile * TILE + r
+        source = k.at(given, row * K * size)
+        most = k.variable(k.fill(vector(integer, lanes), 0))
+        with k.loop(0, whole, lanes) as at:
+            most.set(k.larger(most.get(), k.load(source, vector(integer, lanes), at * size) & magnitude))
+        with k.when(whole < K):
+            rest = k.load_first(k.at(source, whole * size), vector(integer, lanes), K - whole)
+            most.set(k.larger(most.get(), rest & magnitude))
+        values = most.get()
+        while lanes_left := values.type.count // 2:
+            values = k.larger(values.pick(range(lanes_left)), values.pick(range(lanes_left, 2 * lanes_left)))
+        largest = _as_float(values, element).lane(0)
+        scale = largest / _LARGEST
+        scale = scale.equals(0.0).choose(k.fill(F32, 1.0), scale)
+        k.store(scale, scales, row * 4)
+        # A scale near the smallest numbers has no reciprocal: both sides are lifted, which is exact.
+        lift = (scale < 2.0**-100).choose(k.fill(F32, 2.0**64), k.fill(F32, 1.0))
+        divisor = scale * lift
+        factors = [value.splat(16) for value in (lift, divisor, k.fill(F32, 1.0) / divisor)]
+        to = k.at(made, tile * steps * _TILE_BYTES + r * _VECTOR)
+        with k.loop(0, steps) as step:
+            for part in range(0, STEP, 16):
+                start = step * STEP + part
+                place = k.at(to, step * _TILE_BYTES + part)
+                with k.either(K >= start + 16) as (all_of_them, some):
+                    with all_of_them:
+                        x = _as_float(k.load(source, vector(integer, 16), start * size), element)
+                        k.store(_codes(k, x, *factors), place)
+                    with some:
+                        left = (start < K).choose(K - start, k.int(0))
+                        x = _as_float(k.load_first(k.at(source, start * size), vector(integer, 16), left), element)
+                        k.store(_codes(k, x, *factors), place)
+    k.done()
+
+
+def _as_float(bits: Value, element: ir.Type) -> Value:
+    """Bits of numbers -> float32."""
+    if element == BF16:
+        return (bits.to(I32) << 16).bits(vector(F32, bits.type.count))
+    return bits.bits(vector(element, bits.type.count)).to(F32)
+
+
+def _codes(k: Kernel, x: Value, lift: Value, divisor: Value, reciprocal: Value) -> Value:
+    """round(x / scale) as the division would be rounded: by the reciprocal, and once more for what it missed."""
+    x = x * lift
+    quotient = x * reciprocal
+    quotient = k.fma(k.fma(quotient * -1.0, divisor, x), reciprocal, quotient)
+    top, bottom = (k.fill(_F32x16, number) for number in (_LARGEST, -_LARGEST))
+    quotient = (quotient < top).choose(quotient, top)  # a NaN too; the scale carries it
+    quotient = (bottom < quotient).choose(quotient, bottom)
+    # Beside 1.5 * 2^23 a float has no fraction: adding rounds to even, and the last bits are the integer.
+    return (quotient + 1.5 * 2**23).bits(vector(I32, 16)).to(I8)
+
+
+def _write_product(k: Kernel, element: ir.Type) -> None:
+    """Arguments: codes in tiles, their scales, weights, scales, bias, out; M, N, steps, pairs of tiles, of these in a
+    panel; a thread's memory."""
+    xs, act_scales, words, scales, bias, out = (k.address(i) for i in range(3, 9))
+    M, N, steps, pairs, panel = (k.argument(i) for i in range(9, 14))
+    place = k.at(k.address(14), k.thread() * (4 * _TILE_BYTES))
+    k.configure_tiles()
+    with k.units() as unit:
+        first = unit * panel
+        with k.loop(0, (M + (PAIR - 1)) // PAIR) as rows, k.loop(first, k.smaller(first + panel, pairs)) as pair:
+            x = [k.at(xs, (rows * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
+            w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
+            with k.either(M - rows * PAIR >= TILE + 1) as (two, one):
+                for branch, row_tiles in ((two, 2), (one, 1)):
+                    with branch:
+                        _multiply(k, x[:row_tiles], w, steps, place)
+                        top = rows * PAIR
+                        count = k.smaller(k.int(row_tiles * TILE), M - top)
+                        factors = [
+                            k.load(part, _F32x16, (pair * 2 + b) * _VECTOR) for part in (scales, bias) for b in (0, 1)
+                        ]
+                        with k.either(N >= (pair + 1) * PAIR) as (whole, part):
+                            for each, is_whole in ((whole, True), (part, False)):
+                                with each, k.loop(0, count) as r:
+                                    act_scale = k.load(act_scales, F32, (top + r) * 4).splat(16)
+                                    at = (r // TILE) * (2 * _TILE_BYTES) + (r % TILE) * _VECTOR
+                                    y = [
+                                        k.fma(
+                                            k.load(place, vector(I32, 16), at + b * _TILE_BYTES).signed_to_float()
+                                            * factors[b],
+                                            act_scale,
+                                            factors[2 + b],
+                                        )
+                                        for b in (0, 1)
+                                    ]
+                                    if is_whole:
+                                        k.store(
+                                            _rounded(k, y, element),
+                                            out,
+                                            ((top + r) * N + pair * PAIR) * (4 if element == F32 else 2),
+                                        )
+                                    else:
+                                        for b in (0, 1):
+                                            write_outputs(k, y[b], out, top + r, N, (pair * 2 + b) * TILE, element)
+    k.call("llvm.x86.tilerelease", VOID)
+    k.done()
+
+
+def _rounded(k: Kernel, y: list[Value], element: ir.Type) -> Value:
+    if element == BF16:
+        return k.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(BF16, 32), y[1], y[0])
+    return y[0].shuffle(y[1], range(32)).to(element)
+
+
+def _multiply(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Value) -> None:
+    """One or two tiles of rows x two of outputs, over all inputs."""
+    for number in range(2 * len(x)):
+        k.tile("zero", number)
+    with k.loop(0, steps) as step:
+        at = step * _TILE_BYTES
+        for line in range(0, _TILE_BYTES, _VECTOR) if len(x) == 1 else ():
+            for one in w:
+                k.prefetch(one, at + (line + _PREFETCHED))
+        for a, rows in enumerate(x):
+            k.tile("loadd64", 4 + a, k.at(rows, at), _VECTOR)
+            for b, outputs in enumerate(w):
+                if a == 0:
+                    k.tile("loadd64", 6 + b, k.at(outputs, at), _VECTOR)
+                k.tile_product("dpbssd", 2 * a + b, 4 + a, 6 + b)
+    for number in range(2 * len(x)):
+        k.tile("stored64", number, k.at(place, number * _TILE_BYTES), _VECTOR)
