@@ -256,10 +256,11 @@ def test_the_estimate_before_loading_knows_packed_weights(llava: Path) -> None:
     Engine.load(llava, device="cpu", dtype="float32", max_memory=(512 << 20) + 2 * weight_bytes + (64 << 10)).close()
 
 
-def test_four_bit_layers_that_multiply_in_eight(llava: Path) -> None:
+def test_four_bit_layers_that_multiply_in_eight(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Close to the same model with float activations, but not it; the estimate before loading counts wider weights."""
     question, params = "What is it?", SamplingParams(max_new_tokens=1)
-    found, sizes = [], []
+    found: list[torch.Tensor] = []
+    sizes: list[int] = []
     for w4a8 in (False, True):
         with Engine.load(llava, device="cpu", dtype="float32", w4a8=w4a8) as engine:
             assert ("W4A8" in engine.info.scheme) == w4a8
@@ -267,10 +268,13 @@ def test_four_bit_layers_that_multiply_in_eight(llava: Path) -> None:
             ids = torch.tensor(engine.tokenizer.encode(question, first=True))
             hidden = decoder.embed(ids)
             found.append(decoder.layers[0].mlp(hidden).double())
-            sizes.append(engine.info.weight_bytes)
             assert engine.session().ask(question, params=params).token_ids
     error = float((found[1] - found[0]).norm() / found[0].norm())
     assert 1e-4 < error < 0.05
+    monkeypatch.setenv("SPARSEVILA_CPU", "torch")  # packed without padding, which outweighs layers that small
+    for w4a8 in (False, True):
+        with Engine.load(llava, device="cpu", dtype="float32", w4a8=w4a8) as engine:
+            sizes.append(engine.info.weight_bytes)
     assert sizes[1] > sizes[0]
     with pytest.raises(InsufficientMemory) as plain:
         Engine.load(llava, device="cpu", dtype="float32", max_memory=512 << 20)
