@@ -140,7 +140,7 @@ def _check(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, layout: W4
     if layout.form == "words":
         return
     groups = (N, -(-K // layout.group_size))
-    shapes = [(N, -(-K // 2)), groups, groups]
+    shapes: list[tuple[int, ...]] = [(N, -(-K // 2)), groups, groups]
     if layout.form == "vectors":
         from .cpu.int4_linear import packed_shapes
 

@@ -39,6 +39,7 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, BF16, F32 = ir.HalfType(), _BFloat(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 FLOATS = (F16, BF16, F32)
+_Int = int  # which is a method where `Kernel` is written
 
 _LOG2_E, _ROUNDING = 1 / math.log(2), 1.5 * 2**23
 _POWERS_OF_2 = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]  # of 2^x for |x| <= 1/2
@@ -240,18 +241,18 @@ class Kernel:
 
     # Memory
 
-    def at(self, pointer: Value, offset: Value | int) -> Value:
+    def at(self, pointer: Value, offset: Value | _Int) -> Value:
         """The address so many bytes behind."""
         by = offset.of if isinstance(offset, Value) else ir.Constant(I64, offset)
         return Value(self.builder, self.builder.gep(pointer.of, [by], source_etype=I8))
 
-    def load(self, pointer: Value, of: ir.Type, offset: Value | int = 0) -> Value:
+    def load(self, pointer: Value, of: ir.Type, offset: Value | _Int = 0) -> Value:
         return Value(self.builder, self.builder.load(self.at(pointer, offset).of, align=1, typ=of))
 
-    def store(self, value: Value, pointer: Value, offset: Value | int = 0) -> None:
+    def store(self, value: Value, pointer: Value, offset: Value | _Int = 0) -> None:
         self.builder.store(value.of, self.at(pointer, offset).of, align=1)
 
-    def prefetch(self, pointer: Value, offset: Value | int = 0) -> None:
+    def prefetch(self, pointer: Value, offset: Value | _Int = 0) -> None:
         where = self.at(pointer, offset)
         self.call("llvm.prefetch", VOID, where, self.fill(I32, 0), self.fill(I32, 3), self.fill(I32, 1))
 
@@ -285,12 +286,12 @@ class Kernel:
         self.builder.branch(head)
         self.builder.position_at_end(after)
 
-    def _claim(self, index: int) -> Value:
+    def _claim(self, index: _Int) -> Value:
         place = self.at(Value(self.builder, self.function.args[0]), index * 8)
         return Value(self.builder, self.builder.atomic_rmw("add", place.of, ir.Constant(I64, 1), "monotonic"))
 
     @contextmanager
-    def loop(self, start: Value | int, stop: Value, step: int = 1) -> Iterator[Value]:
+    def loop(self, start: Value | _Int, stop: Value, step: _Int = 1) -> Iterator[Value]:
         index = self.variable(start if isinstance(start, Value) else self.int(start))
         head, body, after = (self.builder.append_basic_block(name) for name in ("head", "body", "after"))
         self.builder.branch(head)
@@ -329,12 +330,12 @@ class Kernel:
         numbers = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
         self.call("llvm.x86.ldtilecfg", VOID, self.table("tile_configuration", numbers, I8))
 
-    def tile(self, operation: str, number: int, pointer: Value | None = None, stride: int = 0) -> None:
+    def tile(self, operation: str, number: _Int, pointer: Value | None = None, stride: _Int = 0) -> None:
         """ "zero", "loadd64" or "stored64"; the stride of its rows in bytes."""
         values = [] if pointer is None else [pointer, self.int(stride)]
         self.call(f"llvm.x86.tile{operation}", VOID, self.fill(I8, number), *values)
 
-    def tile_product(self, operation: str, to: int, a: int, b: int) -> None:
+    def tile_product(self, operation: str, to: _Int, a: _Int, b: _Int) -> None:
         self.call(f"llvm.x86.t{operation}", VOID, *(self.fill(I8, number) for number in (to, a, b)))
 
     def table(self, name: str, numbers: Sequence[float], of: ir.Type) -> Value:

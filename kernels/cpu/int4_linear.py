@@ -66,11 +66,11 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tuple
     steps = F.pad(codes, more).view(-1, TILE, blocks, BLOCK // _STEP, _STEP).permute(0, 2, 1, 4, 3)
     words = (steps[..., ::2] | (steps[..., 1::2] << 4)).reshape(-1, blocks, TILE, _VECTOR).contiguous()
     groups = -(-blocks * BLOCK // group_size) if group_size < K else 1
-    by_tile = (
+    scales, zeros = (
         F.pad(part, (0, groups - part.shape[1], 0, -N % PAIR)).view(-1, TILE, groups).transpose(1, 2).contiguous()
         for part in (scales.float(), zeros)
     )
-    return words, *by_tile
+    return words, scales, zeros
 
 
 def packed_shapes(num_rows: int, in_features: int, group_size: int) -> list[tuple[int, ...]]:
@@ -158,7 +158,8 @@ def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
     x_bytes = (row_tiles + row_tiles % 2) * blocks * _BLOCK_TILES
     if M <= _MOST_FUSED_ROWS:
         out_tiles = 2 if row_tiles <= 2 else 1
-        units, numbers = tiles // out_tiles, ()
+        units = tiles // out_tiles
+        numbers: tuple[int, ...] = ()
         each = out_tiles * _BLOCK_TILES + out_tiles * row_tiles * _AMX_TILE
         kernel = _fused_kernel(out_tiles, row_tiles, _groups_of_block(group_size), out.dtype)
     else:
