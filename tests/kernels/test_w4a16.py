@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from guarded_memory import at_the_end, at_the_start
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -328,10 +329,11 @@ class _Surrounded:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "K", "g"), [(33, 33, 32), (40, 300, 300), (100, 200, 64), (80, 640, 128), (29, 96, 11)])
+@pytest.mark.parametrize(("N", "K", "g"), [(33, 33, 32), (40, 300, 300), (100, 200, 64), (400, 640, 128), (29, 96, 11)])
 def test_memory_around_is_neither_used_nor_written(
-    monkeypatch: pytest.MonkeyPatch, N: int, K: int, g: int, dtype: torch.dtype, level: str
+    N: int, K: int, g: int, dtype: torch.dtype, threads: None, level: str
 ) -> None:
+    torch.set_num_threads(2)  # of which each has scratch memory
     *tensors, layout = packed(*matrix(N, K, g), g)
     bias = torch.linspace(-1, 1, N)
     for M in (1, 2, 3, 4, 5, 17, 49, 65, 130):
@@ -350,6 +352,23 @@ def test_memory_around_is_neither_used_nor_written(
         # An output that is not written would be NaN.
         assert error(got, want.double()) < TOLERANCE[torch.float32]
         assert all(map(torch.equal, given, (x, *tensors)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K", "g"), [(33, 40, 32), (50, 300, 64), (208, 640, 128), (200, 512, 512), (29, 96, 11)])
+def test_nothing_beyond_the_inputs_is_read(
+    monkeypatch: pytest.MonkeyPatch, N: int, K: int, g: int, dtype: torch.dtype, level: str
+) -> None:
+    if level != "torch":  # panels and chunks that are not full
+        monkeypatch.setattr(machine_code(), "_PANEL_PAIRS", 2)
+        monkeypatch.setattr(machine_code(), "_PANEL_ENTRIES", 3 * 16 * 640)
+    *tensors, layout = packed(*matrix(N, K, g), g)
+    x, bias = inputs(130, K, dtype), torch.linspace(-1, 1, N)
+    for placed in (at_the_end, at_the_start):
+        given, added = [placed(part) for part in tensors], placed(bias)
+        for M in (1, 2, 3, 4, 5, 17, 33, 49, 65, 130):
+            want = w4a16(x[:M], *tensors, layout, bias)
+            assert torch.equal(w4a16(placed(x[:M]), *given, layout, added), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

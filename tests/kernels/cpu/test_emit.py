@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from guarded_memory import PAGE, at_the_end
 from llvmlite import ir
 from torch import Tensor
 
@@ -279,20 +278,9 @@ class TestLanes:
 
 
 @pytest.fixture
-def guarded() -> Iterator[tuple[int, int]]:
-    """(start, end) of a page of memory; a touch of what lies before or behind ends the process."""
-    if sys.platform != "linux":
-        pytest.skip("asks Linux for a page that must not be touched")
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 3 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for where in (start, start + 2 * page):
-        assert protect(where, page, mmap.PROT_READ & 0) == 0
-    yield start + page, start + 2 * page
-    for where in (start, start + 2 * page):
-        assert protect(where, page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+def page() -> Tensor:
+    """Memory; a touch of what lies behind it ends the process."""
+    return at_the_end(torch.zeros(PAGE, dtype=torch.uint8))
 
 
 FIRST = [(I8, 16, torch.uint8), (I16, 32, torch.int16), (I16, 4, torch.int16), (I32, 16, torch.int32),
@@ -301,23 +289,23 @@ FIRST = [(I8, 16, torch.uint8), (I16, 32, torch.int16), (I16, 4, torch.int16), (
 
 @pytest.mark.parametrize(("element", "length", "dtype"), FIRST, ids=str)
 class TestTheFirstLanes:
-    def test_loads(self, element: ir.Type, length: int, dtype: torch.dtype, guarded: tuple[int, int], of: str) -> None:
+    def test_loads(self, element: ir.Type, length: int, dtype: torch.dtype, page: Tensor, of: str) -> None:
         given, out = torch.arange(1, length + 1).to(dtype), torch.empty(length, dtype=dtype)
-        width = given.element_size()
+        width, border = given.element_size(), page.data_ptr() + PAGE
         load = compiled(
             lambda k: k.store(k.load_first(k.address(3), vector(element, length), k.argument(4)), k.address(5)), of
         )
         for count in range(length + 1):
-            start = guarded[1] - count * width  # up to the last byte that may be read
+            start = border - count * width  # up to the last byte that may be read
             ctypes.memmove(start, given.data_ptr(), count * width)
             load(1, 1, start, count, out.data_ptr())
             assert out.tolist() == [*range(1, count + 1), *[0] * (length - count)]
         load(1, 1, given.data_ptr(), 1 << 40, out.data_ptr())
         assert torch.equal(out, given)
 
-    def test_stores(self, element: ir.Type, length: int, dtype: torch.dtype, guarded: tuple[int, int], of: str) -> None:
+    def test_stores(self, element: ir.Type, length: int, dtype: torch.dtype, page: Tensor, of: str) -> None:
         given = torch.arange(1, length + 1).to(dtype)
-        width = given.element_size()
+        width, border = given.element_size(), page.data_ptr() + PAGE
         store = compiled(
             lambda k: k.store_first(k.load(k.address(3), vector(element, length)), k.address(4), k.argument(5)), of
         )
@@ -325,8 +313,8 @@ class TestTheFirstLanes:
             out = torch.full((length + 2,), 77).to(dtype)
             store(1, 1, given.data_ptr(), out[1:].data_ptr(), count)
             assert out.tolist() == [77, *range(1, count + 1), *[77] * (length + 1 - count)]
-            store(1, 1, given.data_ptr(), guarded[1] - count * width, count)
-            assert ctypes.string_at(guarded[1] - count * width, count * width) == given[:count].numpy().tobytes()
+            store(1, 1, given.data_ptr(), border - count * width, count)
+            assert ctypes.string_at(border - count * width, count * width) == given[:count].numpy().tobytes()
 
 
 class TestControl:
