@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGES = (
     "torch",
     "triton",
+    "llvmlite",
     "numpy",
     "safetensors",
     "sentencepiece",
@@ -66,6 +67,9 @@ def _memory() -> str:
 def _torch_rows() -> Iterator[tuple[str, str]]:
     import torch
 
+    from ..kernels.backend import cpu_level
+
+    yield "cpu kernels", cpu_level() or "none, torch's operations"
     yield "torch cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         yield "gpu", "none that this torch can use"

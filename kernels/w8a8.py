@@ -3,9 +3,9 @@
     y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
 
 a and act_scale are `quantize_rows` of the input, normalised before on request; an activation may follow. The sum is
-exact in int32, the rest float32. On a CPU with tile registers (AMX) all of it is machine code (`cpu/int8_linear.py`);
-on one with int8 instructions alone the weights are kept once, in the order that oneDNN multiplies in (`pack_w8a8`):
-torch's own int8 product would bring them into that order at every call.
+exact in int32, the rest float32. On a CPU with tile registers (AMX) or AVX-512's VNNI all of it is machine code
+(`cpu/int8_linear.py`); on one with other int8 instructions the weights are kept once, in the order that oneDNN
+multiplies in (`pack_w8a8`): torch's own int8 product would bring them into that order at every call.
 Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N outputs, K inputs.
 """
 
@@ -21,6 +21,8 @@ from .quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)  # beyond it a sum may leave int32
 
+_MACHINE_LEVELS = ("avx512", "amx")  # of a CPU, where there is machine code for all of it
+
 _PRODUCT_ROWS = 4096  # int32 sums of as many rows exist at a time
 _PACKED_ENTRIES = 1 << 19  # scaled sums at a time, 2 MB: read again from the cache, and no new pages at every call
 _PACKED_ROWS = 128  # but as many rows at least: below, reading the weights again for each part costs more
@@ -33,15 +35,15 @@ _CUDA_MIN_ROWS = 17
 def pack_w8a8(codes: Tensor) -> Tensor:
     """codes (N, K) int8 -> what `w8a8` reads fastest on their device, once, at load.
 
-    On a CPU with tile registers (tiles, steps, 1024) int8, with one that has int8 instructions an opaque tensor of
-    oneDNN, of logical shape (K, N) and the same number of bytes (but for padding), which is neither copied nor read by
-    other operations; for Triton the codes in rows of whole 16 bytes; elsewhere the codes.
+    On a CPU with machine code (tiles, steps, 1024) int8, on another with int8 instructions an opaque tensor of oneDNN,
+    of logical shape (K, N) and the same number of bytes (but for padding), which is neither copied nor read by other
+    operations; for Triton the codes in rows of whole 16 bytes; elsewhere the codes.
     """
     if runs_triton(codes):
         from .gpu.int8_linear import padded
 
         return padded(codes)[:, : codes.shape[1]]
-    if codes.device.type == "cpu" and cpu_level() == "amx":
+    if codes.device.type == "cpu" and cpu_level() in _MACHINE_LEVELS:
         from .cpu.int8_linear import pack
 
         return pack(codes)
@@ -79,7 +81,7 @@ def w8a8(
     if weight.ndim == 3:
         from .cpu.int8_linear import int8_linear as by_tiles
 
-        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias)
+        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias, cpu_level())
     else:
         out = _plain(rows, weight, scales, bias, norm)
     out = out.reshape(*x.shape[:-1], scales.shape[0])

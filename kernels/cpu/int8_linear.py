@@ -1,4 +1,4 @@
-"""Linear layers with 8-bit weights and 8-bit activations, in machine code with tile registers (AMX).
+"""Linear layers with 8-bit weights and activations, in machine code: with tile registers (AMX), or AVX-512's VNNI.
 
     y[m, n] = (sum_k a[m, k] * w[n, k]) * act_scale[m] * scale[n] + bias[n]
 
@@ -9,8 +9,8 @@ outputs, K inputs.
 16 times four neighbouring inputs of each of the 16 outputs, as the tile registers want their second operand.
 
 Rows are quantised into tiles of 16 x 64, in two passes over each row, of which the second finds it in the L1 cache.
-Sums of 32 rows and 32 outputs stay in four tile registers over all inputs; they are scaled and rounded from the L1
-cache.
+Sums of 32 rows and 32 outputs stay in four tile registers over all inputs, or of 8 rows in 16 vectors; they are scaled
+and rounded from the L1 cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import Compiled, Scratch
-from .emit import BF16, F16, F32, I8, I16, I32, VOID, Kernel, Value, vector, write_outputs
+from .emit import BF16, F16, F32, I8, I16, I32, VOID, Kernel, Value, Variable, vector, write_outputs
 
 TILE, STEP = 16, 64  # outputs and rows of a tile, inputs of a product of tiles
 PAIR = 2 * TILE
@@ -32,6 +32,7 @@ _VECTOR = 64  # bytes
 _PREFETCHED = 4096  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_BYTES = 1 << 20  # of weights, which stay in the L2 cache while all rows pass
 _LARGEST = 127.0
+_DOT_ROWS = 8
 
 _ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
 _F32x16 = vector(F32, 16)
@@ -58,9 +59,9 @@ def packed_shape(num_rows: int, in_features: int) -> tuple[int, int, int]:
     return -(-num_rows // PAIR) * 2, -(-in_features // STEP), _TILE_BYTES
 
 
-def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, of: str) -> Tensor:
     """x (M, K) float32, bfloat16 or float16, contiguous; tiles of `pack`; scales (N,) float32; bias (N,) of any float
-    or None. Returns (M, N) in x's dtype. The level of the processor must be "amx".
+    or None; `of` is "avx512" or "amx". Returns (M, N) in x's dtype.
     """
     (M, K), N, (count, steps, _) = x.shape, scales.shape[0], tiles.shape
     out = torch.empty(M, N, dtype=x.dtype)
@@ -76,8 +77,8 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None) -
     code_bytes, scale_bytes = (row_tiles + row_tiles % 2) * steps * _TILE_BYTES, (row_tiles + 1) * _VECTOR
     at, memory = _scratch.take(code_bytes + scale_bytes + 4 * _TILE_BYTES * min(threads, units))
     scales_at = at + code_bytes
-    _quantise_kernel(x.dtype)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
-    _product_kernel(x.dtype)(
+    _quantise_kernel(x.dtype, of)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
+    _product_kernel(x.dtype, of)(
         units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), wide.data_ptr(),
         out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes,
     )  # fmt: skip
@@ -86,16 +87,22 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None) -
 
 
 @functools.cache
-def _quantise_kernel(dtype: torch.dtype) -> Compiled:
-    return Compiled(lambda module, name: _write_quantise(Kernel(module, name), _ELEMENT[dtype]), "quantise", "amx")
+def _quantise_kernel(dtype: torch.dtype, of: str) -> Compiled:
+    def write(module: ir.Module, name: str) -> None:
+        _write_quantise(Kernel(module, name), _ELEMENT[dtype], of)
+
+    return Compiled(write, "quantise", of)
 
 
 @functools.cache
-def _product_kernel(dtype: torch.dtype) -> Compiled:
-    return Compiled(lambda module, name: _write_product(Kernel(module, name), _ELEMENT[dtype]), "int8_product", "amx")
+def _product_kernel(dtype: torch.dtype, of: str) -> Compiled:
+    def write(module: ir.Module, name: str) -> None:
+        _write_product(Kernel(module, name), _ELEMENT[dtype], of)
+
+    return Compiled(write, "int8_product", of)
 
 
-def _write_quantise(k: Kernel, element: ir.Type) -> None:
+def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
     """Rows to codes in tiles, and their scales. Arguments: x, tiles, scales; M, K, steps."""
     given, made, scales = (k.address(i) for i in (3, 4, 5))
     M, K, steps = (k.argument(i) for i in (6, 7, 8))
@@ -124,6 +131,7 @@ def _write_quantise(k: Kernel, element: ir.Type) -> None:
         lift = (scale < 2.0**-100).choose(k.fill(F32, 2.0**64), k.fill(F32, 1.0))
         divisor = scale * lift
         factors = [value.splat(16) for value in (lift, divisor, k.fill(F32, 1.0) / divisor)]
+        flipped = k.fill(vector(I8, 16), 0 if of == "amx" else 128)  # 128 more, as `_multiply_dots` wants
         to = k.at(made, tile * steps * _TILE_BYTES + r * _VECTOR)
         with k.loop(0, steps) as step:
             for part in range(0, STEP, 16):
@@ -132,11 +140,11 @@ def _write_quantise(k: Kernel, element: ir.Type) -> None:
                 with k.either(K >= start + 16) as (all_of_them, some):
                     with all_of_them:
                         x = _as_float(k.load(source, vector(integer, 16), start * size), element)
-                        k.store(_codes(k, x, *factors), place)
+                        k.store(_codes(k, x, *factors) ^ flipped, place)
                     with some:
                         left = (start < K).choose(K - start, k.int(0))
                         x = _as_float(k.load_first(k.at(source, start * size), vector(integer, 16), left), element)
-                        k.store(_codes(k, x, *factors), place)
+                        k.store(_codes(k, x, *factors) ^ flipped, place)
     k.done()
 
 
@@ -159,61 +167,68 @@ def _codes(k: Kernel, x: Value, lift: Value, divisor: Value, reciprocal: Value) 
     return (quotient + 1.5 * 2**23).bits(vector(I32, 16)).to(I8)
 
 
-def _write_product(k: Kernel, element: ir.Type) -> None:
+def _write_product(k: Kernel, element: ir.Type, of: str) -> None:
     """Arguments: codes in tiles, their scales, weights, scales, bias, out; M, N, steps, pairs of tiles, of these in a
     panel; a thread's memory."""
-    xs, act_scales, words, scales, bias, out = (k.address(i) for i in range(3, 9))
+    xs, words, scales, bias = (k.address(i) for i in (3, 5, 6, 7))
     M, N, steps, pairs, panel = (k.argument(i) for i in range(9, 14))
     place = k.at(k.address(14), k.thread() * (4 * _TILE_BYTES))
-    k.configure_tiles()
+    row_block = PAIR if of == "amx" else _DOT_ROWS
+    if of == "amx":
+        k.configure_tiles()
     with k.units() as unit:
         first = unit * panel
-        with k.loop(0, (M + (PAIR - 1)) // PAIR) as rows, k.loop(first, k.smaller(first + panel, pairs)) as pair:
-            x = [k.at(xs, (rows * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
-            w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
-            with k.either(M - rows * PAIR >= TILE + 1) as (two, one):
-                for branch, row_tiles in ((two, 2), (one, 1)):
-                    with branch:
-                        _multiply(k, x[:row_tiles], w, steps, place)
-                        top = rows * PAIR
-                        count = k.smaller(k.int(row_tiles * TILE), M - top)
-                        factors = [
-                            k.load(part, _F32x16, (pair * 2 + b) * _VECTOR) for part in (scales, bias) for b in (0, 1)
-                        ]
-                        with k.either(N >= (pair + 1) * PAIR) as (whole, part):
-                            for each, is_whole in ((whole, True), (part, False)):
-                                with each, k.loop(0, count) as r:
-                                    act_scale = k.load(act_scales, F32, (top + r) * 4).splat(16)
-                                    at = (r // TILE) * (2 * _TILE_BYTES) + (r % TILE) * _VECTOR
-                                    y = [
-                                        k.fma(
-                                            k.load(place, vector(I32, 16), at + b * _TILE_BYTES).signed_to_float()
-                                            * factors[b],
-                                            act_scale,
-                                            factors[2 + b],
-                                        )
-                                        for b in (0, 1)
-                                    ]
-                                    if is_whole:
-                                        k.store(
-                                            _rounded(k, y, element),
-                                            out,
-                                            ((top + r) * N + pair * PAIR) * (4 if element == F32 else 2),
-                                        )
-                                    else:
-                                        for b in (0, 1):
-                                            write_outputs(k, y[b], out, top + r, N, (pair * 2 + b) * TILE, element)
-    k.call("llvm.x86.tilerelease", VOID)
+        with k.loop(0, (M + (row_block - 1)) // row_block) as block:
+            with k.loop(first, k.smaller(first + panel, pairs)) as pair:
+                top = block * row_block
+                w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
+                if of == "amx":
+                    x = [k.at(xs, (block * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
+                    with k.either(M - top >= TILE + 1) as (two, one):
+                        with two:
+                            _multiply_tiles(k, x, w, steps, place)
+                        with one:
+                            _multiply_tiles(k, x[:1], w, steps, place)
+                else:
+                    x_row = k.at(xs, top // TILE * steps * _TILE_BYTES + top % TILE * _VECTOR)
+                    _multiply_dots(k, x_row, w, steps, place)
+                added = [k.load(part, _F32x16, (pair * 2 + b) * _VECTOR) for part in (scales, bias) for b in (0, 1)]
+                rows = k.smaller(k.int(row_block), M - top)
+                with k.either(N >= (pair + 1) * PAIR) as (whole, part):
+                    with whole:
+                        _finish(k, place, top, rows, pair, added, element, of, whole=True)
+                    with part:
+                        _finish(k, place, top, rows, pair, added, element, of, whole=False)
+    if of == "amx":
+        k.call("llvm.x86.tilerelease", VOID)
     k.done()
 
 
-def _rounded(k: Kernel, y: list[Value], element: ir.Type) -> Value:
-    if element == BF16:
-        return k.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(BF16, 32), y[1], y[0])
-    return y[0].shuffle(y[1], range(32)).to(element)
+def _finish(
+    k: Kernel, place: Value, top: Value, rows: Value, pair: Value, added: list[Value], element: ir.Type, of: str,
+    *, whole: bool,
+) -> None:  # fmt: skip
+    """Sums of some rows and of a pair of tiles to outputs; `added` are two vectors of scales and two of biases."""
+    act_scales, out, N = k.address(4), k.address(8), k.argument(10)
+    with k.loop(0, rows) as r:
+        act_scale = k.load(act_scales, F32, (top + r) * 4).splat(16)
+        at = (r // TILE) * (2 * _TILE_BYTES) + (r % TILE) * _VECTOR
+        y = []
+        for b in (0, 1):
+            sums = k.load(place, vector(I32, 16), at + b * _TILE_BYTES).signed_to_float()
+            y.append(k.fma(sums * added[b], act_scale, added[2 + b]))
+        if not whole:
+            for b in (0, 1):
+                write_outputs(k, y[b], out, top + r, N, (pair * 2 + b) * TILE, element)
+        elif element == BF16:
+            rounded = k.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", vector(BF16, 32), y[1], y[0])
+            k.store(rounded, out, ((top + r) * N + pair * PAIR) * 2)
+        else:
+            both = y[0].shuffle(y[1], range(PAIR)).to(element)
+            k.store(both, out, ((top + r) * N + pair * PAIR) * (4 if element == F32 else 2))
 
 
-def _multiply(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Value) -> None:
+def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Value) -> None:
     """One or two tiles of rows x two of outputs, over all inputs."""
     for number in range(2 * len(x)):
         k.tile("zero", number)
@@ -230,3 +245,32 @@ def _multiply(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Va
                 k.tile_product("dpbssd", 2 * a + b, 4 + a, 6 + b)
     for number in range(2 * len(x)):
         k.tile("stored64", number, k.at(place, number * _TILE_BYTES), _VECTOR)
+
+
+def _multiply_dots(k: Kernel, x: Value, w: list[Value], steps: Value, place: Value) -> None:
+    """Eight rows x two tiles of outputs, over all inputs.
+
+    The instruction takes codes of x that begin at 0: they are 128 too large, and 128 times the sum of the weights comes
+    off.
+    """
+    kind = vector(I32, 16)
+
+    def dot(total: Variable, codes: Value, weights: Value) -> None:
+        total.set(k.call("llvm.x86.avx512.vpdpbusd.512", kind, total.get(), codes, weights))
+
+    sums = [[k.variable(k.fill(kind, 0)) for _ in w] for _ in range(_DOT_ROWS)]
+    of_weights = [k.variable(k.fill(kind, 0)) for _ in w]
+    ones = k.fill(kind, 0x01010101)
+    with k.loop(0, steps) as step:
+        at = step * _TILE_BYTES
+        for quad in range(STEP // 4):
+            weights = [k.load(one, kind, at + quad * _VECTOR) for one in w]
+            for total, one in zip(of_weights, weights, strict=True):
+                dot(total, ones, one)
+            for r, totals in enumerate(sums):
+                codes = k.load(x, I32, at + (r * _VECTOR + quad * 4)).splat(16)
+                for total, one in zip(totals, weights, strict=True):
+                    dot(total, codes, one)
+    for r, totals in enumerate(sums):
+        for b, total in enumerate(totals):
+            k.store(total.get() - (of_weights[b].get() << 7), place, r * _VECTOR + b * _TILE_BYTES)

@@ -44,13 +44,30 @@ def by_onednn(codes: torch.Tensor) -> torch.Tensor:
         return pack_w8a8(codes)
 
 
-def by_tiles(codes: torch.Tensor) -> torch.Tensor:
-    if cpu_level() != "amx":
-        pytest.skip("the processor has no tile registers")
-    return pack_w8a8(codes)
+def by_level(level: str):
+    """Packs for machine code; the level is that of the whole test, since the product asks for it too."""
+
+    def pack(codes: torch.Tensor) -> torch.Tensor:
+        assert cpu_level() == level
+        return pack_w8a8(codes)
+
+    pack.__name__ = level
+    return pack
 
 
-PACKS = pytest.mark.parametrize("pack", [torch.clone, by_onednn, by_tiles])
+@pytest.fixture(autouse=True)
+def level(request, monkeypatch):
+    """Of a test with such a `pack`: the environment is set for both calls."""
+    pack = request.node.callspec.params.get("pack") if hasattr(request.node, "callspec") else None
+    if getattr(pack, "__name__", "") in MACHINE:
+        monkeypatch.setenv("SPARSEVILA_CPU", pack.__name__)
+        if cpu_level() != pack.__name__:
+            pytest.skip(f"the processor has no {pack.__name__}")
+
+
+MACHINE = ("avx512", "amx")
+BY_LEVEL = [by_level(name) for name in MACHINE]
+PACKS = pytest.mark.parametrize("pack", [torch.clone, by_onednn, *BY_LEVEL])
 
 
 class TestQuantizeRows:
@@ -211,27 +228,28 @@ def test_leading_dimensions_and_no_rows(pack):
     assert w8a8(x[:0], packed, scales).shape == (0, 5)
 
 
-@pytest.mark.parametrize("pack", [by_onednn, by_tiles])
+@pytest.mark.parametrize("pack", [by_onednn, *BY_LEVEL])
 def test_packed_weights_of_another_shape_are_refused(pack):
     x, (codes, scales) = inputs(2, 64), weights(5, 64)
     with pytest.raises(ValueError, match=r"expected x \(\.\.\., 64\)"):
         w8a8(x[:, 1:], pack(codes), scales, shape=(5, 64))
     with pytest.raises(ValueError, match="expected scales"):
         w8a8(x, pack(codes), scales[1:], shape=(5, 64))
-    if pack is by_tiles:
+    if pack in BY_LEVEL:
         with pytest.raises(ValueError, match="expected weight"):
             w8a8(inputs(2, 65), pack(codes), scales)
 
 
-class TestTiles:
-    """The machine code with tile registers: edges of tiles, panels and threads."""
+@pytest.mark.parametrize("pack", BY_LEVEL)
+class TestMachineCode:
+    """Edges of tiles, panels and threads."""
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("M", [1, 15, 16, 17, 31, 32, 33, 47, 64, 130])
     @pytest.mark.parametrize(("N", "K"), [(13, 33), (16, 64), (33, 127), (64, 128), (100, 200)])
-    def test_every_edge(self, M, N, K, dtype, monkeypatch):
+    def test_every_edge(self, M, N, K, dtype, pack, monkeypatch):
         x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
-        packed = by_tiles(codes)
+        packed = pack(codes)
         monkeypatch.setattr(int8_linear, "_PANEL_BYTES", 1 << 13)  # several panels
         empty = torch.empty
         # What is not written shows.
@@ -242,44 +260,44 @@ class TestTiles:
         want = (rows.double() @ codes.double().t()) * row_scales.double()[:, None] * scales.double()
         assert float(((got.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()) < TOLERANCE[dtype]
 
-    def test_neighbours_are_neither_read_nor_written(self):
+    def test_neighbours_are_neither_read_nor_written(self, pack):
         """Rows between numbers that would show in every product, and a result between kept ones."""
         codes, scales = weights(20, 70)
         x = torch.full((5, 70), float("nan"))
         x[2:4] = inputs(2, 70)
         want = w8a8_ref(x[2:4], codes, scales)
-        assert error(w8a8(x[2:4], by_tiles(codes), scales), want) < TOLERANCE[torch.float32]
+        assert error(w8a8(x[2:4], pack(codes), scales), want) < TOLERANCE[torch.float32]
 
-    def test_codes_come_back(self):
+    def test_codes_come_back(self, pack):
         codes, _ = weights(45, 130)
-        assert torch.equal(int8_linear.unpack(by_tiles(codes), 45, 130), codes)
+        assert torch.equal(int8_linear.unpack(pack(codes), 45, 130), codes)
 
-    def test_rows_that_are_no_numbers_stay_alone(self):
+    def test_rows_that_are_no_numbers_stay_alone(self, pack):
         x, (codes, scales) = inputs(20, 96, torch.bfloat16), weights(24, 96)
-        clean = w8a8(x, by_tiles(codes), scales)
+        clean = w8a8(x, pack(codes), scales)
         x[3, 5], x[18, 90] = float("nan"), float("inf")
-        got = w8a8(x, by_tiles(codes), scales)
+        got = w8a8(x, pack(codes), scales)
         others = [row for row in range(20) if row not in (3, 18)]
         assert torch.equal(got[others], clean[others])
         assert got[3].isnan().all()
         assert not got[18].isfinite().any()
 
     @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e33])
-    def test_rows_of_any_size(self, size):
+    def test_rows_of_any_size(self, size, pack):
         x, (codes, scales) = inputs(3, 64).clamp(-1, 1), weights(16, 64)
         scales = torch.ones_like(scales)
         x[1] = 0
         x[2] *= size
-        got, want = w8a8(x, by_tiles(codes), scales), w8a8_ref(x, codes, scales)
+        got, want = w8a8(x, pack(codes), scales), w8a8_ref(x, codes, scales)
         assert not got[1].any()
         if size > 1e-38:  # below, a scale has too few bits for an error relative to the row
             assert error(got[2:], want[2:]) < 1e-3  # a tie may be rounded the other way
         else:
             assert float((got[2].double() - want[2]).abs().max()) <= 64 * 128 * 1e-44
 
-    def test_threads_change_nothing(self):
+    def test_threads_change_nothing(self, pack):
         x, (codes, scales) = inputs(100, 200, torch.bfloat16), weights(300, 200)
-        packed, before, found = by_tiles(codes), torch.get_num_threads(), []
+        packed, before, found = pack(codes), torch.get_num_threads(), []
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -290,7 +308,7 @@ class TestTiles:
         assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("pack", [torch.clone, by_tiles])
+@pytest.mark.parametrize("pack", [torch.clone, *BY_LEVEL])
 @pytest.mark.parametrize("fault", ["scales of other rows", "one token's scale for all", "last input", "sign", "zeros"])
 def test_a_fault_would_show(fault, pack):
     x, (codes, scales) = inputs(17, 65), weights(96, 65)
