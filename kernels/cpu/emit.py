@@ -41,7 +41,9 @@ POINTER, VOID = ir.PointerType(), ir.VoidType()
 FLOATS = (F16, BF16, F32)
 _Int = int  # which is a method where `Kernel` is written
 
-_LOG2_E, _ROUNDING = 1 / math.log(2), 1.5 * 2**23
+_ROUNDING = 1.5 * 2**23
+_LOG2_E = 1.44269502162933349609375  # in float32, and what is left of it
+_LOG2_E_REST = 1 / math.log(2) - _LOG2_E
 _POWERS_OF_2 = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]  # of 2^x for |x| <= 1/2
 
 
@@ -355,9 +357,11 @@ class Kernel:
 
     def exp(self, x: Value) -> Value:
         """e^x of float32 up to 0, within 2 units of the last place; 0 below -87, where numbers lose their bits."""
-        power = (x < -87.0).choose(self.fill(x.type, -87.0), x) * _LOG2_E
-        shifted = power + _ROUNDING  # beside it a float has no fraction: its last bits are the nearest integer
-        rest = power - (shifted - _ROUNDING)
+        above = (x < -87.0).choose(self.fill(x.type, -87.0), x)
+        high, low = self.fill(x.type, _LOG2_E), self.fill(x.type, _LOG2_E_REST)
+        # Beside the large number a float has no fraction: its last bits are the nearest integer.
+        shifted = self.fma(above, high, self.fill(x.type, _ROUNDING))
+        rest = self.fma(above, low, self.fma(above, high, self.fill(x.type, _ROUNDING) - shifted))
         result = self.fill(x.type, _POWERS_OF_2[0])
         for coefficient in _POWERS_OF_2[1:]:
             result = self.fma(result, rest, self.fill(x.type, coefficient))

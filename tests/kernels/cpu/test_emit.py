@@ -131,6 +131,17 @@ def test_one_rounding_of_a_product_and_a_sum(of: str) -> None:
     assert got.count_nonzero() > 32
 
 
+def test_powers_of_e(of: str) -> None:
+    """Up to 0, where a softmax has them."""
+    x = torch.cat((torch.linspace(-87, 0, 1 << 16), -floats().abs() * 1e-4, torch.tensor([-0.0] * 16)))
+    got, want = lanes("exp", x, of=of), x.double().exp()
+    last_place = torch.finfo(torch.float32).eps * 2.0 ** want.log2().floor()
+    assert ((got.double() - want).abs() / last_place).max() < 2
+    assert (got[-16:] == 1).all()
+    assert not lanes("exp", torch.tensor([-87.5, -1e4, -3e38, -torch.inf] * 4), of=of).any()
+    assert lanes("exp", torch.full((16,), torch.nan), of=of).isnan().all()
+
+
 def test_the_larger_and_the_smaller(of: str) -> None:
     a, b = floats(), floats(1)
     assert torch.equal(lanes("larger", a, b, of=of), torch.maximum(a, b))
@@ -254,6 +265,23 @@ class TestLanes:
 
         run(write, given, out, of=of)
         assert torch.equal(out, given.view(size, size).t())
+
+    @pytest.mark.parametrize("width", [1, 2, 16])
+    def test_all_lanes_joined(self, width: int) -> None:
+        given, out = torch.randperm(width, generator=torch.Generator().manual_seed(0)).float(), torch.empty(2)
+
+        def write(k: Kernel) -> None:
+            values = k.load(k.address(3), vector(F32, width))
+            k.store(k.reduced(values, k.larger), k.address(4))
+            k.store(k.reduced(values, lambda a, b: a + b), k.address(4), 4)
+
+        run(write, given, out)
+        assert out.tolist() == [width - 1, sum(range(width))]
+
+    def test_numbers_of_lanes(self) -> None:
+        out = torch.empty(8, dtype=torch.int64)
+        run(lambda k: k.store(k.lanes(8), k.address(3)), out)
+        assert out.tolist() == list(range(8))
 
     @pytest.mark.parametrize("count", [2, 4, 8, 16])
     @pytest.mark.parametrize("width", [4, 8, 16])
