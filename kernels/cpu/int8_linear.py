@@ -31,7 +31,9 @@ _TILE_BYTES = 1024  # of 16 x 64 codes, or of 16 x 16 sums
 _VECTOR = 64  # bytes
 _PREFETCHED = 4096  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_BYTES = 1 << 20  # of weights, which stay in the L2 cache while all rows pass
+_FEW_ROWS, _FEW_BYTES = 128, 1 << 18  # few rows pass soon, and the next weights may come
 _LARGEST = 127.0
+_TINY = 2.0**-100  # a scale near the smallest numbers
 _DOT_ROWS = 8
 
 _ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
@@ -68,7 +70,8 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
     if M == 0:
         return out
     threads, row_tiles, pairs = torch.get_num_threads(), -(-M // TILE), count // 2
-    most = max(1, _PANEL_BYTES // (PAIR * STEP * steps)) if row_tiles > 2 else 1
+    panel_bytes = 0 if row_tiles <= 2 else _FEW_BYTES if M <= _FEW_ROWS else _PANEL_BYTES
+    most = max(1, panel_bytes // (PAIR * STEP * steps))
     panel = max(1, min(most, pairs // threads))
     units = -(-pairs // panel)
     more = -N % PAIR
@@ -127,24 +130,21 @@ def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
         scale = largest / _LARGEST
         scale = scale.equals(0.0).choose(k.fill(F32, 1.0), scale)
         k.store(scale, scales, row * 4)
-        # A scale near the smallest numbers has no reciprocal: both sides are lifted, which is exact.
-        lift = (scale < 2.0**-100).choose(k.fill(F32, 2.0**64), k.fill(F32, 1.0))
-        divisor = scale * lift
-        factors = [value.splat(16) for value in (lift, divisor, k.fill(F32, 1.0) / divisor)]
         flipped = k.fill(vector(I8, 16), 0 if of == "amx" else 128)  # 128 more, as `_multiply_dots` wants
         to = k.at(made, tile * steps * _TILE_BYTES + r * _VECTOR)
-        with k.loop(0, steps) as step:
-            for part in range(0, STEP, 16):
-                start = step * STEP + part
-                place = k.at(to, step * _TILE_BYTES + part)
-                with k.either(K >= start + 16) as (all_of_them, some):
-                    with all_of_them:
-                        x = _as_float(k.load(source, vector(integer, 16), start * size), element)
-                        k.store(_codes(k, x, *factors) ^ flipped, place)
-                    with some:
-                        left = (start < K).choose(K - start, k.int(0))
-                        x = _as_float(k.load_first(k.at(source, start * size), vector(integer, 16), left), element)
-                        k.store(_codes(k, x, *factors) ^ flipped, place)
+        with k.either(scale >= _TINY) as (ordinary, tiny):
+            for branch, is_tiny in ((ordinary, False), (tiny, True)):
+                with branch, k.loop(0, steps) as step:
+                    for part in range(0, STEP, 16):
+                        start, place = step * STEP + part, k.at(to, step * _TILE_BYTES + part)
+                        with k.either(K >= start + 16) as (all_of_them, some):
+                            with all_of_them:
+                                x = _as_float(k.load(source, vector(integer, 16), start * size), element)
+                                k.store(_codes(k, x, scale, is_tiny) ^ flipped, place)
+                            with some:
+                                left = (start < K).choose(K - start, k.int(0))
+                                bits = k.load_first(k.at(source, start * size), vector(integer, 16), left)
+                                k.store(_codes(k, _as_float(bits, element), scale, is_tiny) ^ flipped, place)
     k.done()
 
 
@@ -155,14 +155,20 @@ def _as_float(bits: Value, element: ir.Type) -> Value:
     return bits.bits(vector(element, bits.type.count)).to(F32)
 
 
-def _codes(k: Kernel, x: Value, lift: Value, divisor: Value, reciprocal: Value) -> Value:
-    """round(x / scale) as the division would be rounded: by the reciprocal, and once more for what it missed."""
-    x = x * lift
+def _codes(k: Kernel, x: Value, scale: Value, is_tiny: bool) -> Value:
+    """round(x / scale) as the division would be rounded: by the reciprocal, and once more for what it missed.
+
+    Of a row that is no number the codes are any: the scale carries it.
+    """
+    if is_tiny:  # has no reciprocal: both sides are lifted, which is exact
+        x, scale = x * 2.0**64, scale * 2.0**64
+    divisor, reciprocal = scale.splat(16), (k.fill(F32, 1.0) / scale).splat(16)
     quotient = x * reciprocal
     quotient = k.fma(k.fma(quotient * -1.0, divisor, x), reciprocal, quotient)
-    top, bottom = (k.fill(_F32x16, number) for number in (_LARGEST, -_LARGEST))
-    quotient = (quotient < top).choose(quotient, top)  # a NaN too; the scale carries it
-    quotient = (bottom < quotient).choose(quotient, bottom)
+    if is_tiny:  # a subnormal scale is coarse
+        top, bottom = (k.fill(_F32x16, number) for number in (_LARGEST, -_LARGEST))
+        quotient = (quotient < top).choose(quotient, top)
+        quotient = (bottom < quotient).choose(quotient, bottom)
     # Beside 1.5 * 2^23 a float has no fraction: adding rounds to even, and the last bits are the integer.
     return (quotient + 1.5 * 2**23).bits(vector(I32, 16)).to(I8)
 
