@@ -266,17 +266,18 @@ def test_few_rows_and_many_agree(g: int, dtype: torch.dtype, level: str) -> None
 @pytest.mark.parametrize(("N", "K", "g"), [(208, 640, 128), (33, 300, 32), (31, 200, 96)])
 def test_threads_change_no_bit(N: int, K: int, g: int, dtype: torch.dtype, threads: None, level: str) -> None:
     tensors, x = packed(*matrix(N, K, g), g), inputs(130, K, dtype)
+    sizes = (1, 2, 4, 16, 49, 65, 130)
+    # Without tile registers the product of many rows is torch's, which may add in another order.
+    exact = len(sizes) if level == "amx" and dtype == torch.bfloat16 else 3
+    if level == "torch" or g == 96:
+        exact = 0
     found = []
     for number in (1, 2, 5):
         torch.set_num_threads(number)
-        found.append([w4a16(x[:M], *tensors) for M in (1, 2, 4, 16, 49, 65, 130)])
-    if level == "torch" or (level != "amx" or dtype != torch.bfloat16):
-        # The product of many rows is torch's, which may add in another order.
-        for other in found[1:]:
-            assert all(error(a, b.double()) < TOLERANCE[dtype] for a, b in zip(found[0], other, strict=True))
-        found = [rows[:2] for rows in found] if level != "torch" and (N, K, g) != (31, 200, 96) else []
+        found.append([w4a16(x[:M], *tensors) for M in sizes])
     for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+        assert all(map(torch.equal, found[0][:exact], other[:exact]))
+        assert all(error(a, b.double()) < TOLERANCE[dtype] for a, b in zip(found[0], other, strict=True))
 
 
 def test_leading_dimensions_and_no_rows(level: str) -> None:
