@@ -73,7 +73,7 @@ def language_layer(N: int, K: int, generator: torch.Generator) -> Layer:
         by_group = unpack_nibbles(codes[rows], K).to(dtype).view(len(rows), -1, GROUP)
         return ((by_group - zeros[rows, :, None].to(dtype)) * scales[rows, :, None].to(dtype)).flatten(1)
 
-    qweight, *rest = pack_w4a16(codes, scales, zeros, K, GROUP)
+    qweight, by_group, zero_points, layout = pack_w4a16(codes, scales, zeros, K, GROUP)
     weight = torch.cat([dense(part, torch.float32).bfloat16() for part in torch.arange(N).split(1024)])
 
     # The op has one scale and one shift a group, in bfloat16: (code - 8) * scale + shift.
@@ -83,7 +83,7 @@ def language_layer(N: int, K: int, generator: torch.Generator) -> Layer:
     theirs = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part, 1) for part in parts])
 
     def packed(qweight: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: w4a16(x, qweight, *rest)
+        return lambda x: w4a16(x, qweight, by_group, zero_points, layout)
 
     def bare(qweight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, qweight, GROUP, scale_shift)

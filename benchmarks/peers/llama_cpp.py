@@ -8,8 +8,8 @@ A LLaVA-NeXT of Vicuna-7B's widths with fewer layers, random weights on both sid
 tokens) and a question. llama.cpp gets as many text tokens as our prompt has positions: its own image path is not
 measured, so our encoder stands in a row of its own and is in no total that is compared. Both decode a fixed number of
 tokens. Rounds take turns; medians. llama.cpp runs with and without its flash attention. Q4_0 has 4.5 bits a weight and
-a 4-bit output matrix, ours 4.5 in memory and a bfloat16 output matrix. W4A8 is the same checkpoint with `--w4a8`: 8
-bits a weight in memory.
+a 4-bit output matrix, ours 4.3 bits and an 8-bit output matrix. W4A8 is the same checkpoint with `--w4a8`: 8 bits a
+weight in memory.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     shape = replace(preset(f"vicuna-7b-{args.layers}-layers"), max_positions=4096)
-    folder = args.work / f"vicuna-7b-{args.layers}-layers"
+    folder = args.work / f"vicuna-7b-{args.layers}-layers-int8-head"
     if not folder.exists():
-        write_random_quantised(folder, shape)
+        write_random_quantised(folder, shape, head=True)
     theirs = {
         "hidden": shape.text_hidden, "ffn": shape.text_ffn, "layers": shape.text_layers, "heads": shape.text_heads,
         "kv_heads": shape.text_kv_heads, "vocab": shape.vocab_size, "context": 4096, "batch": args.batch,
