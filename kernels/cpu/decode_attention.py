@@ -3,8 +3,8 @@
     p = softmax([scale * q k_a^T | scale * q k_b^T])        out = p_a v_a + p_b v_b
 
 Each segment is cut into parts of keys, so that there is work for every thread where key heads are few. A part reads its
-keys once for all query heads of a group (sixteen scores at a time), then its values; it leaves a weighted sum, the
-largest score and the sum of the weights, which a second kernel joins. Scores and weights are float32.
+keys once for all query heads of a group, sixteen at a time, then its values once; it leaves a weighted sum, the largest
+score and the sum of the weights, which a second kernel joins. Scores and weights are float32.
 Source: flash-decoding (Dao et al., 2023). Sizes: H query heads, H_kv key heads, A and B keys of the segments, D head
 dimension, P parts.
 """
@@ -25,7 +25,7 @@ _LANES = 16
 _LEAST_KEYS, _MOST_KEYS = 256, 4096  # of a part
 _UNITS = 64  # parts that are worth having; not by threads, whose number shall not change a result
 _NOTHING = -1e30  # the score of a key that is not there
-_SHARED = 2  # query heads that share a value once it is widened: as many sums as there are registers for
+_MOST_SUMS = 24  # vectors; beside them stand a value and a weight
 
 _ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
 _F32x16 = vector(F32, _LANES)
@@ -113,52 +113,44 @@ def _write_parts(k: Kernel, D: int, group: int, element: ir.Type, short: bool) -
             k.at(k.as_address(arguments[i]), head * arguments[i + 1] + start * arguments[i + 2]) for i in (0, 3)
         )
         key_step, value_step = arguments[2], arguments[5]
-        with k.loop(0, k.int(group)) as g:
-            _score(
-                k,
-                k.at(q, (head * group + g) * (D * size)),
-                keys,
-                key_step,
-                count,
-                scale,
-                k.at(scores, g * row),
-                D,
-                element,
-                short,
-            )
-        for first in range(0, group, _SHARED):
-            heads = range(first, min(first + _SHARED, group))
-            places = [k.at(scores, row * g) for g in heads]
-            ends = [k.at(found, ((head * group + g) * parts + part) * ((D + 2) * 4)) for g in heads]
-            for place, end in zip(places, ends, strict=True):
-                _weigh(k, place, count, k.at(end, D * 4))
-            _add_values(k, places, values, value_step, count, ends, D, element)
+        _score(
+            k, k.at(q, head * group * (D * size)), group, keys, key_step, count, scale, scores, row, D, element, short
+        )
+        places = [k.at(scores, row * g) for g in range(group)]
+        ends = [k.at(found, ((head * group + g) * parts + part) * ((D + 2) * 4)) for g in range(group)]
+        for place, end in zip(places, ends, strict=True):
+            _weigh(k, place, count, k.at(end, D * 4))
+        _add_values(k, places, values, value_step, count, ends, D, element)
     k.done()
 
 
 def _score(
-    k: Kernel, q: Value, keys: Value, step: Value, count: Value, scale: Value, to: Value, D: int, element: ir.Type,
-    short: bool,
+    k: Kernel, q: Value, group: int, keys: Value, step: Value, count: Value, scale: Value, to: Value, row: Value, D: int,
+    element: ir.Type, short: bool,
 ) -> None:  # fmt: skip
-    """The scores of one query head, sixteen keys at a time; behind the last key stands a score of nothing."""
-    lanes = k.lanes(_LANES)
-    width = 32 if short else _LANES
-    kind = vector(BF16, 32)
-    query = [k.load(q, kind, 2 * at) if short else _widened(k, q, at, element) for at in range(0, D, width)]
+    """The scores of all query heads, sixteen keys at a time, which stay in the L1 cache for all heads; `row` bytes are
+    between those of two heads. Behind the last key stands a score of nothing."""
+    lanes, kind = k.lanes(_LANES), vector(BF16, 32)
+    width, size = 32 if short else _LANES, 4 if element == F32 else 2
     with k.loop(0, count, _LANES) as block:
-        sums = []
-        for i in range(_LANES):
-            key = k.at(keys, k.smaller(block + i, count - 1) * step)  # the last one again: its score is not used
-            total = k.fill(_F32x16, 0)
-            for number, part in enumerate(query):
-                if short:
-                    x = k.load(key, kind, 64 * number)
-                    total = k.call("llvm.x86.avx512bf16.dpbf16ps.512", _F32x16, total, part, x)
-                else:
-                    total = k.fma(part, _widened(k, key, number * _LANES, element), total)
-            sums.append(total)
+        rows = [k.at(keys, k.smaller(block + i, count - 1) * step) for i in range(_LANES)]  # the last again, unused
         there = lanes < (count - block).splat(_LANES)
-        k.store(there.choose(lane_sums(sums) * scale, k.fill(_F32x16, _NOTHING)), to, block * 4)
+        with k.loop(0, k.int(group)) as g:
+            place = k.at(q, g * (D * size))
+            query = [
+                k.load(place, kind, 2 * at) if short else _widened(k, place, at, element) for at in range(0, D, width)
+            ]
+            sums = []
+            for key in rows:
+                total = k.fill(_F32x16, 0)
+                for number, part in enumerate(query):
+                    if short:
+                        x = k.load(key, kind, 64 * number)
+                        total = k.call("llvm.x86.avx512bf16.dpbf16ps.512", _F32x16, total, part, x)
+                    else:
+                        total = k.fma(part, _widened(k, key, number * _LANES, element), total)
+                sums.append(total)
+            k.store(there.choose(lane_sums(sums) * scale, k.fill(_F32x16, _NOTHING)), to, g * row + block * 4)
 
 
 def _weigh(k: Kernel, scores: Value, count: Value, to: Value) -> None:
@@ -179,17 +171,21 @@ def _weigh(k: Kernel, scores: Value, count: Value, to: Value) -> None:
 def _add_values(
     k: Kernel, weights: list[Value], values: Value, step: Value, count: Value, to: list[Value], D: int, element: ir.Type
 ) -> None:
-    sums = [[k.variable(k.fill(_F32x16, 0)) for _ in range(0, D, _LANES)] for _ in weights]
-    with k.loop(0, count) as key:
-        value = k.at(values, key * step)
-        each = [k.load(part, F32, key * 4).splat(_LANES) for part in weights]
-        for i in range(D // _LANES):
-            wide = _widened(k, value, i * _LANES, element)
-            for weight, total in zip(each, sums, strict=True):
-                total[i].set(k.fma(weight, wide, total[i].get()))
-    for place, total in zip(to, sums, strict=True):
-        for i, part in enumerate(total):
-            k.store(part.get(), place, i * 64)
+    """As many dimensions at a time as there are registers for the sums of all query heads: a value is read once."""
+    each = max(1, _MOST_SUMS // len(weights)) * _LANES
+    for first in range(0, D, each):
+        dimensions = range(first, min(first + each, D), _LANES)
+        sums = [[k.variable(k.fill(_F32x16, 0)) for _ in dimensions] for _ in weights]
+        with k.loop(0, count) as key:
+            value = k.at(values, key * step)
+            wide = [_widened(k, value, at, element) for at in dimensions]
+            for part, totals in zip(weights, sums, strict=True):
+                weight = k.load(part, F32, key * 4).splat(_LANES)
+                for total, x in zip(totals, wide, strict=True):
+                    total.set(k.fma(weight, x, total.get()))
+        for place, totals in zip(to, sums, strict=True):
+            for at, total in zip(dimensions, totals, strict=True):
+                k.store(total.get(), place, at * 4)
 
 
 def _write_join(k: Kernel, D: int, element: ir.Type) -> None:

@@ -40,6 +40,8 @@ _VECTOR = 64  # bytes
 _AMX_TILE = 1024  # bytes of 16 x 32 bfloat16, or of 16 x 16 sums
 _BLOCK_TILES = BLOCK // _STEP * _AMX_TILE  # bytes of a block of a tile, as bfloat16
 
+_MOST = 15  # of a code, or a zero point
+
 _PREFETCHED = 2048  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_ENTRIES = 1 << 21  # weights that torch's product takes at a time
 _MOST_FUSED_ROWS = 64
@@ -60,7 +62,10 @@ def takes(in_features: int, group_size: int) -> bool:
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """codes (N, K) uint8 of 0..15, scales (N, G) of floats, zeros (N, G) uint8 -> words (tiles, blocks, 16, 64) uint8,
-    scales (tiles, groups, 16) float32, zeros (tiles, groups, 16) uint8; the groups of the padding are zeros."""
+    scales (tiles, groups, 16) float32, zeros (tiles, groups, 16) uint8; the groups of the padding are zeros. Raises
+    ValueError for a zero point above 15."""
+    if zeros.numel() and int(zeros.max()) > _MOST:  # they choose a table, and none lies behind the last
+        raise ValueError(f"expected zero points of 0..{_MOST}, got {int(zeros.max())}")
     N, K = codes.shape
     blocks, more = -(-K // BLOCK), (0, -K % BLOCK, 0, -N % PAIR)
     steps = F.pad(codes, more).view(-1, TILE, blocks, BLOCK // _STEP, _STEP).permute(0, 2, 1, 4, 3)

@@ -450,6 +450,14 @@ def test_without_llvmlite_it_says_so_once_and_works() -> None:
 
 
 class TestRefused:
+    def test_a_zero_point_that_would_choose_what_is_no_table(self, level: str) -> None:
+        codes, scales, zeros = matrix(32, 64, 32)
+        zeros[3, 1] = 16
+        if level == "torch":
+            pytest.skip("torch's operations subtract it")
+        with pytest.raises(ValueError, match=r"zero points of 0\.\.15, got 16"):
+            packed(codes, scales, zeros, 32)
+
     def test_wrong_arguments(self, level: str) -> None:
         qweight, scales, zeros, layout = packed(*matrix(80, 96, 32), 32)
         x = inputs(2, 96)
