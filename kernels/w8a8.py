@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .activation import activation, activation_ref
+from .activation import ACTIVATIONS, activation, activation_ref
 from .backend import cpu_level, runs_triton
 from .quantize_rows import RowNorm, quantize_rows, quantize_rows_ref
 
@@ -67,10 +67,12 @@ def w8a8(
 
     weight (N, K) int8 or packed by `pack_w8a8`, K at most `MAX_IN_FEATURES`; scales (N,) float32; bias (N,) of any
     float or None; `shape` (N, K), which packed weights may not tell by themselves. `norm` is what x goes through
-    before, `act` (a name of `activation`) what the sums go through behind: where Triton runs, both in the kernels.
-    Raises ValueError where shapes or dtypes differ.
+    before, `act` (a name of `activation`) what the sums go through behind: where Triton runs both in the kernels, in
+    machine code the activation. Raises ValueError where shapes or dtypes differ, and for another name.
     """
     _check(x, weight, scales, bias, shape)
+    if act and act not in ACTIVATIONS:
+        raise ValueError(f"expected act one of {', '.join(ACTIVATIONS)}, got {act!r}")
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if runs_triton(x) and not weight.is_mkldnn:
         from .gpu.int8_linear import int8_linear, with_padding
@@ -81,10 +83,9 @@ def w8a8(
     if weight.ndim == 3:
         from .cpu.int8_linear import int8_linear as by_tiles
 
-        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias, cpu_level())
-    else:
-        out = _plain(rows, weight, scales, bias, norm)
-    out = out.reshape(*x.shape[:-1], scales.shape[0])
+        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias, cpu_level(), act)
+        return out.reshape(*x.shape[:-1], scales.shape[0])
+    out = _plain(rows, weight, scales, bias, norm).reshape(*x.shape[:-1], scales.shape[0])
     return activation(out, act) if act else out
 
 

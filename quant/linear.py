@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.activation import activation
-from ..kernels.backend import runs_triton
 from ..kernels.quantize_rows import RowNorm
 from ..kernels.w4a16 import W4A16Layout, pack_w4a16, w4a16
 from ..kernels.w8a8 import pack_w8a8, w8a8
@@ -176,8 +175,6 @@ class _Int8Linear(_QuantisedLinear):
         return w8a8(x, self.qweight, self.scales, self.bias, shape=(self.out_features, self.in_features))
 
     def fused(self, x: Tensor, *, norm: nn.Module | None = None, act: str = "") -> Tensor:
-        if not runs_triton(x):
-            return super().fused(x, norm=norm, act=act)
         assert self.qweight is not None, "the layer has not been filled"
         assert self.scales is not None
         if norm is None:

@@ -19,7 +19,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from .compiled import Compiled, Scratch
-from .emit import BF16, F16, F32, I16, I32, I64, Kernel, Value, lane_sums, vector
+from .emit import BF16, ELEMENTS, F32, I16, I32, I64, Kernel, Value, lane_sums, size_of, vector
 
 _LANES = 16
 _LEAST_KEYS, _MOST_KEYS = 256, 4096  # of a part
@@ -27,7 +27,6 @@ _UNITS = 64  # parts that are worth having; not by threads, whose number shall n
 _NOTHING = -1e30  # the score of a key that is not there
 _MOST_SUMS = 24  # vectors; beside them stand a value and a weight
 
-_ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
 _F32x16 = vector(F32, _LANES)
 
 _scratch = Scratch()
@@ -39,7 +38,7 @@ def takes(q: Tensor, a: Segment, b: Segment) -> bool:
     """Whether head dimension, dtypes and strides are those of the kernels."""
     D = q.shape[1]
     same = all(part.dtype == q.dtype and part.stride(2) == 1 for part in (*a, *b) if part.shape[1])
-    return D % 32 == 0 and D <= 256 and q.dtype in _ELEMENT and same
+    return D % 32 == 0 and D <= 256 and q.dtype in ELEMENTS and same
 
 
 def decode_attention(q: Tensor, a: Segment, b: Segment, lengths: Tensor | None, scale: float, of: str) -> Tensor:
@@ -75,21 +74,21 @@ def _parts_kernel(D: int, group: int, dtype: torch.dtype, of: str) -> Compiled:
     short = dtype == torch.bfloat16 and of != "any"
 
     def write(module: ir.Module, name: str) -> None:
-        _write_parts(Kernel(module, name), D, group, _ELEMENT[dtype], short)
+        _write_parts(Kernel(module, name), D, group, ELEMENTS[dtype], short)
 
     return Compiled(write, "attend_parts", of)
 
 
 @functools.cache
 def _join_kernel(D: int, dtype: torch.dtype, of: str) -> Compiled:
-    return Compiled(lambda module, name: _write_join(Kernel(module, name), D, _ELEMENT[dtype]), "attend_join", of)
+    return Compiled(lambda module, name: _write_join(Kernel(module, name), D, ELEMENTS[dtype]), "attend_join", of)
 
 
 def _widened(k: Kernel, pointer: Value, at: int, element: ir.Type) -> Value:
     """Sixteen numbers as float32."""
     if element == BF16:
         return (k.load(pointer, vector(I16, _LANES), at * 2).to(I32) << 16).bits(_F32x16)
-    return k.load(pointer, vector(element, _LANES), at * (4 if element == F32 else 2)).to(F32)
+    return k.load(pointer, vector(element, _LANES), at * size_of(element)).to(F32)
 
 
 def _write_parts(k: Kernel, D: int, group: int, element: ir.Type, short: bool) -> None:
@@ -100,7 +99,7 @@ def _write_parts(k: Kernel, D: int, group: int, element: ir.Type, short: bool) -
     parts_a, parts, most, found = k.argument(18), k.argument(19), k.argument(20), k.address(21)
     scores = k.at(k.address(22), k.thread() * k.argument(23))
     scale = k.argument(24).to(I32).bits(F32).splat(_LANES)
-    size, row = 4 if element == F32 else 2, (most + _LANES) * 4
+    size, row = size_of(element), (most + _LANES) * 4
     with k.units() as unit:
         head, part = unit // parts, unit % parts
         is_a = part < parts_a
@@ -125,15 +124,18 @@ def _write_parts(k: Kernel, D: int, group: int, element: ir.Type, short: bool) -
 
 
 def _score(
-    k: Kernel, q: Value, group: int, keys: Value, step: Value, count: Value, scale: Value, to: Value, row: Value, D: int,
-    element: ir.Type, short: bool,
+    k: Kernel, q: Value, group: int, keys: Value, step: Value, count: Value, scale: Value, to: Value, row: Value,
+    D: int, element: ir.Type, short: bool,
 ) -> None:  # fmt: skip
-    """The scores of all query heads, sixteen keys at a time, which stay in the L1 cache for all heads; `row` bytes are
-    between those of two heads. Behind the last key stands a score of nothing."""
+    """The scores of all query heads, sixteen keys at a time, which stay in the L1 cache for all heads.
+
+    `row` bytes lie between those of two heads. Behind the last key stands a score of nothing.
+    """
     lanes, kind = k.lanes(_LANES), vector(BF16, 32)
-    width, size = 32 if short else _LANES, 4 if element == F32 else 2
+    width, size = 32 if short else _LANES, size_of(element)
     with k.loop(0, count, _LANES) as block:
-        rows = [k.at(keys, k.smaller(block + i, count - 1) * step) for i in range(_LANES)]  # the last again, unused
+        # Behind the last key the last one again, whose score is not used.
+        rows = [k.at(keys, k.smaller(block + i, count - 1) * step) for i in range(_LANES)]
         there = lanes < (count - block).splat(_LANES)
         with k.loop(0, k.int(group)) as g:
             place = k.at(q, g * (D * size))
@@ -207,6 +209,6 @@ def _write_join(k: Kernel, D: int, element: ir.Type) -> None:
                 each.set(k.fma(weight, k.load(place, _F32x16, i * 64), each.get()))
         for i, each in enumerate(sums):
             y = each.get() / total.get()
-            size = 4 if element == F32 else 2
+            size = size_of(element)
             k.store(y.bf16_bits() if element == BF16 else y.to(element), out, head * (D * size) + i * _LANES * size)
     k.done()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from llvmlite import ir
 
 
@@ -39,12 +40,19 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, BF16, F32 = ir.HalfType(), _BFloat(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 FLOATS = (F16, BF16, F32)
+ELEMENTS = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
 _Int = int  # which is a method where `Kernel` is written
 
 _ROUNDING = 1.5 * 2**23
 _LOG2_E = 1.44269502162933349609375  # in float32, and what is left of it
 _LOG2_E_REST = 1 / math.log(2) - _LOG2_E
 _POWERS_OF_2 = [math.log(2) ** n / math.factorial(n) for n in range(7, -1, -1)]  # of 2^x for |x| <= 1/2
+_ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def size_of(element: ir.Type) -> int:
+    """Bytes of a float."""
+    return 4 if element == F32 else 2
 
 
 def vector(element: ir.Type, length: int) -> ir.VectorType:
@@ -369,6 +377,20 @@ class Kernel:
         result = (result.bits(bits) + (shifted.bits(bits) << 23)).bits(x.type)
         return (x < -87.0).choose(self.fill(x.type, 0), result)
 
+    def sigmoid(self, x: Value) -> Value:
+        small = self.exp(self.call("llvm.fabs", x.type, x) * -1)  # e^-|x|: never more than a float holds
+        return (x >= 0.0).choose(self.fill(x.type, 1), small) / (small + 1)
+
+    def erf(self, x: Value) -> Value:
+        """Within 2e-7 (Abramowitz and Stegun, 7.1.26)."""
+        size = self.call("llvm.fabs", x.type, x)
+        t = self.fill(x.type, 1) / (size * 0.3275911 + 1)
+        series = self.fill(x.type, _ERF[0])
+        for coefficient in _ERF[1:]:
+            series = self.fma(series, t, self.fill(x.type, coefficient))
+        found = self.fill(x.type, 1) - series * t * self.exp(size * size * -1)
+        return (x < 0.0).choose(found * -1, found)
+
     def reduced(self, values: Value, join: Callable[[Value, Value], Value]) -> Value:
         """All lanes of a vector, joined two by two."""
         while (count := values.type.count // 2) > 0:
@@ -386,7 +408,7 @@ def write_outputs(
     k: Kernel, values: Value, out: Value, row: Value, length: Value, first: Value, element: ir.Type
 ) -> None:
     """Rounds float32 values and writes them into a row of so many numbers, from `first` on: those that have room."""
-    count, size = values.type.count, 4 if element == F32 else 2
+    count, size = values.type.count, size_of(element)
     rounded = values.bf16_bits() if element == BF16 else values.to(element)
     to = k.at(out, (row * length + first) * size)
     with k.either(length >= first + count) as (all_of_them, some):

@@ -16,6 +16,7 @@ and rounded from the L1 cache.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from llvmlite import ir
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import Compiled, Scratch
-from .emit import BF16, F16, F32, I8, I16, I32, VOID, Kernel, Value, Variable, vector, write_outputs
+from .emit import BF16, ELEMENTS, F32, I8, I16, I32, VOID, Kernel, Value, Variable, size_of, vector, write_outputs
 
 TILE, STEP = 16, 64  # outputs and rows of a tile, inputs of a product of tiles
 PAIR = 2 * TILE
@@ -36,7 +37,6 @@ _LARGEST = 127.0
 _TINY = 2.0**-100  # a scale near the smallest numbers
 _DOT_ROWS = 8
 
-_ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
 _F32x16 = vector(F32, 16)
 
 _scratch = Scratch()
@@ -61,9 +61,10 @@ def packed_shape(num_rows: int, in_features: int) -> tuple[int, int, int]:
     return -(-num_rows // PAIR) * 2, -(-in_features // STEP), _TILE_BYTES
 
 
-def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, of: str) -> Tensor:
+def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, of: str, act: str = "") -> Tensor:
     """x (M, K) float32, bfloat16 or float16, contiguous; tiles of `pack`; scales (N,) float32; bias (N,) of any float
-    or None; `of` is "avx512" or "amx". Returns (M, N) in x's dtype.
+    or None; `of` is "avx512" or "amx"; `act` a name of `activation`, of what the outputs go through before they are
+    rounded. Returns (M, N) in x's dtype.
     """
     (M, K), N, (count, steps, _) = x.shape, scales.shape[0], tiles.shape
     out = torch.empty(M, N, dtype=x.dtype)
@@ -81,7 +82,7 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
     at, memory = _scratch.take(code_bytes + scale_bytes + 4 * _TILE_BYTES * min(threads, units))
     scales_at = at + code_bytes
     _quantise_kernel(x.dtype, of)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
-    _product_kernel(x.dtype, of)(
+    _product_kernel(x.dtype, of, act)(
         units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), wide.data_ptr(),
         out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes,
     )  # fmt: skip
@@ -92,15 +93,15 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
 @functools.cache
 def _quantise_kernel(dtype: torch.dtype, of: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_quantise(Kernel(module, name), _ELEMENT[dtype], of)
+        _write_quantise(Kernel(module, name), ELEMENTS[dtype], of)
 
     return Compiled(write, "quantise", of)
 
 
 @functools.cache
-def _product_kernel(dtype: torch.dtype, of: str) -> Compiled:
+def _product_kernel(dtype: torch.dtype, of: str, act: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_product(Kernel(module, name), _ELEMENT[dtype], of)
+        _write_product(Kernel(module, name), ELEMENTS[dtype], of, act)
 
     return Compiled(write, "int8_product", of)
 
@@ -109,7 +110,7 @@ def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
     """Rows to codes in tiles, and their scales. Arguments: x, tiles, scales; M, K, steps."""
     given, made, scales = (k.address(i) for i in (3, 4, 5))
     M, K, steps = (k.argument(i) for i in (6, 7, 8))
-    size = 4 if element == F32 else 2
+    size = size_of(element)
     integer, lanes = (I32, 16) if size == 4 else (I16, 32)
     # Without its sign a float is ordered as its bits are, and a NaN is above all.
     magnitude = k.fill(vector(integer, lanes), (1 << (8 * size - 1)) - 1)
@@ -173,7 +174,7 @@ def _codes(k: Kernel, x: Value, scale: Value, is_tiny: bool) -> Value:
     return (quotient + 1.5 * 2**23).bits(vector(I32, 16)).to(I8)
 
 
-def _write_product(k: Kernel, element: ir.Type, of: str) -> None:
+def _write_product(k: Kernel, element: ir.Type, of: str, act: str) -> None:
     """Arguments: codes in tiles, their scales, weights, scales, bias, out; M, N, steps, pairs of tiles, of these in a
     panel; a thread's memory."""
     xs, words, scales, bias = (k.address(i) for i in (3, 5, 6, 7))
@@ -202,17 +203,17 @@ def _write_product(k: Kernel, element: ir.Type, of: str) -> None:
                 rows = k.smaller(k.int(row_block), M - top)
                 with k.either(N >= (pair + 1) * PAIR) as (whole, part):
                     with whole:
-                        _finish(k, place, top, rows, pair, added, element, of, whole=True)
+                        _finish(k, place, top, rows, pair, added, element, act, whole=True)
                     with part:
-                        _finish(k, place, top, rows, pair, added, element, of, whole=False)
+                        _finish(k, place, top, rows, pair, added, element, act, whole=False)
     if of == "amx":
         k.call("llvm.x86.tilerelease", VOID)
     k.done()
 
 
 def _finish(
-    k: Kernel, place: Value, top: Value, rows: Value, pair: Value, added: list[Value], element: ir.Type, of: str,
-    *, whole: bool,
+    k: Kernel, place: Value, top: Value, rows: Value, pair: Value, added: list[Value], element: ir.Type,
+    act: str, *, whole: bool,
 ) -> None:  # fmt: skip
     """Sums of some rows and of a pair of tiles to outputs; `added` are two vectors of scales and two of biases."""
     act_scales, out, N = k.address(4), k.address(8), k.argument(10)
@@ -222,7 +223,7 @@ def _finish(
         y = []
         for b in (0, 1):
             sums = k.load(place, vector(I32, 16), at + b * _TILE_BYTES).signed_to_float()
-            y.append(k.fma(sums * added[b], act_scale, added[2 + b]))
+            y.append(_activated(k, k.fma(sums * added[b], act_scale, added[2 + b]), act))
         if not whole:
             for b in (0, 1):
                 write_outputs(k, y[b], out, top + r, N, (pair * 2 + b) * TILE, element)
@@ -231,7 +232,18 @@ def _finish(
             k.store(rounded, out, ((top + r) * N + pair * PAIR) * 2)
         else:
             both = y[0].shuffle(y[1], range(PAIR)).to(element)
-            k.store(both, out, ((top + r) * N + pair * PAIR) * (4 if element == F32 else 2))
+            k.store(both, out, ((top + r) * N + pair * PAIR) * size_of(element))
+
+
+def _activated(k: Kernel, x: Value, act: str) -> Value:
+    """`activation` of that name, "" for none."""
+    if not act:
+        return x
+    if act == "gelu":
+        return x * 0.5 * (k.erf(x * math.sqrt(0.5)) + 1)
+    if act == "gelu_pytorch_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2 u
+        return x * k.sigmoid((x * x * 0.044715 + 1) * x * (2 * math.sqrt(2 / math.pi)))
+    return x * k.sigmoid(x * {"quick_gelu": 1.702, "silu": 1.0}[act])
 
 
 def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Value) -> None:
