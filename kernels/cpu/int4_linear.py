@@ -118,8 +118,7 @@ def int4_linear(
         x = x.float()
     added = torch.zeros(num_rows) if bias is None else bias.float()
     wide = F.pad(added, (0, -num_rows % PAIR))
-    # Few rows cost more with each; tiles cost the same up to 16.
-    few = M <= (2 if arithmetic == "amx" else 4)
+    few = M <= (1 if arithmetic == "amx" else 4)  # they cost more with each; tiles cost the same from 1 to 16
     if K % BLOCK and (few or arithmetic != "amx"):
         x = F.pad(x, (0, -K % BLOCK))
     if M == 0:
