@@ -80,6 +80,11 @@ def tiles_of(engine, picture) -> int:
 class TestAgainstTorch:
     """torch counts what is really multiplied, so what a method saves is really not computed."""
 
+    @pytest.fixture(autouse=True)
+    def by_torch(self, monkeypatch):
+        """What machine code multiplies, torch does not see."""
+        monkeypatch.setenv("SPARSEVILA_CPU", "torch")
+
     @pytest.mark.parametrize(
         "sparsity",
         [Sparsity(method="dense"), Sparsity(0.6, 0.0), Sparsity(0.6, 0.0, "visionzip"), Sparsity(0.6, 0.0, "fastv")],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -63,6 +65,8 @@ def level(request, monkeypatch):
         monkeypatch.setenv("SPARSEVILA_CPU", pack.__name__)
         if cpu_level() != pack.__name__:
             pytest.skip(f"the processor has no {pack.__name__}")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("the Triton kernels run in its place")
 
 
 MACHINE = ("avx512", "amx")
