@@ -5,8 +5,8 @@
 Segment a is the active set (or, in a dense turn, the visual store), segment b the text store. Attention
 does not care about the order of keys, each of which carries its own rotation.
 On a CPU it is machine code (`cpu/decode_attention.py`), or else a grouped matrix product over (key heads, query heads
-of a group): torch's `scaled_dot_product_attention(enable_gqa=True)` is many times slower at one query
-(benchmarks/kernels).
+of a group). `benchmarks/kernels/decode_attention.py` has both beside torch's
+`scaled_dot_product_attention(enable_gqa=True)`.
 Source: flash-decoding (Dao et al., 2023) for the split; arXiv 2305.13245 for the groups.
 Sizes: H query heads, H_kv key heads, A and B keys of the segments, D head dimension.
 """

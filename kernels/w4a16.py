@@ -139,6 +139,8 @@ def _check(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, layout: W4
         raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
     if layout.form == "words":
         return
+    if x.device != qweight.device:  # machine code would take any address
+        raise ValueError(f"expected x on {qweight.device}, where the weights are, got {x.device}")
     groups = (N, -(-K // layout.group_size))
     shapes: list[tuple[int, ...]] = [(N, -(-K // 2)), groups, groups]
     if layout.form == "vectors":

@@ -143,6 +143,8 @@ def _check(
     if weight.ndim == 3:
         from .cpu.int8_linear import packed_shape
 
+        if x.device != weight.device:  # machine code would take any address
+            raise ValueError(f"expected x on {weight.device}, where the weights are, got {x.device}")
         shape = shape or (scales.numel(), x.shape[-1] if x.ndim else 0)
         if weight.shape != packed_shape(*shape) or weight.dtype != torch.int8:
             raise ValueError(

@@ -155,7 +155,7 @@ class W4A16Linear(_QuantisedLinear):
 class _Int8Linear(_QuantisedLinear):
     """Codes of 8 bits with a scale per output, activations quantised to 8 bits per token while running.
 
-    On a CPU without tile registers the weights may be packed in a way that can be neither copied, moved nor saved.
+    On a CPU without machine code for them the weights may be packed so that they can neither be copied nor saved.
     """
 
     def __init__(self, in_features: int, parts: int | Mapping[str, int], *, bias: bool = False) -> None:

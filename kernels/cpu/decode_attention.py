@@ -35,19 +35,24 @@ Segment = tuple[Tensor, Tensor]
 
 
 def takes(q: Tensor, a: Segment, b: Segment) -> bool:
-    """Whether head dimension, dtypes and strides are those of the kernels."""
+    """Whether head dimension, dtypes, devices and strides are those of the kernels."""
     D = q.shape[1]
-    same = all(part.dtype == q.dtype and part.stride(2) == 1 for part in (*a, *b) if part.shape[1])
+    parts = [part for part in (*a, *b) if part.shape[1]]
+    same = all(part.dtype == q.dtype and part.device == q.device and part.stride(2) == 1 for part in parts)
     return D % 32 == 0 and D <= 256 and q.dtype in ELEMENTS and same
 
 
 def decode_attention(q: Tensor, a: Segment, b: Segment, lengths: Tensor | None, scale: float, of: str) -> Tensor:
     """q (H, D), segments of keys and values (H_kv, A or B, D), lengths (2,) or (H_kv, 2) int64 or None: all as in the
-    op of this name; `of` a level of `compiled.LEVELS`. Returns (H, D) in q's dtype."""
+    op of this name; `of` a level of `compiled.LEVELS`. Returns (H, D) in q's dtype. Raises ValueError for
+    lengths beyond the segments."""
     (H, D), H_kv = q.shape, b[0].shape[0]
     if lengths is None:
         lengths = torch.tensor([a[0].shape[1], b[0].shape[1]])
     A, B = lengths.tolist() if lengths.ndim == 1 else lengths.amax(0).tolist()
+    room = [min(keys.shape[1], values.shape[1]) for keys, values in (a, b)]
+    if A > room[0] or B > room[1] or int(lengths.min()) < 0:
+        raise ValueError(f"expected lengths within 0 and {room}, got {lengths.tolist()}")
     keys = min(_MOST_KEYS, max(_LEAST_KEYS, -(-(A + B) * H_kv // (_UNITS * _LANES)) * _LANES))
     parts_a, parts = -(-A // keys), -(-A // keys) + -(-B // keys)
     group, threads, q = H // H_kv, torch.get_num_threads(), q.contiguous()

@@ -30,7 +30,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import Compiled, Scratch
-from .emit import BF16, F16, F32, I8, I16, I32, I64, VOID, Kernel, Value, lane_sums, transposed, vector, write_outputs
+from .emit import (
+    BF16,
+    ELEMENTS,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    VOID,
+    Kernel,
+    Value,
+    lane_sums,
+    size_of,
+    transposed,
+    vector,
+    write_outputs,
+)
 
 TILE, BLOCK = 16, 128  # outputs of a tile, inputs of a block
 _STEP = 32  # inputs of a look-up, and of one product of tiles
@@ -48,8 +64,7 @@ _MOST_FUSED_ROWS = 64
 _PANEL_PAIRS, _PANEL_BLOCKS = 16, 2  # 256 KB of weights, and inputs of 32 rows that stay in the L1 cache beside them
 _MOST_ROWS = 1024  # at a time: beyond, sums and inputs come from memory, and making weights again costs less
 
-_ELEMENT = {torch.bfloat16: BF16, torch.float32: F32, torch.float16: F16}
-_I8x16, _I16x16, _I16x32, _I32x16 = vector(I8, 16), vector(I16, 16), vector(I16, 32), vector(I32, 16)
+_I16x16, _I16x32, _I32x16 = vector(I16, 16), vector(I16, 32), vector(I32, 16)
 _F32x16, _BF16x32 = vector(F32, 16), vector(BF16, 32)
 
 _scratch = Scratch()
@@ -221,7 +236,7 @@ def _passes(rows: int) -> int:
 @functools.cache
 def _few_kernel(rows: int, short: bool, per_block: int, dtype: torch.dtype, of: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_few(Kernel(module, name), rows, short, per_block, _ELEMENT[dtype])
+        _write_few(Kernel(module, name), rows, short, per_block, ELEMENTS[dtype])
 
     return Compiled(write, "int4_few", of)
 
@@ -229,7 +244,7 @@ def _few_kernel(rows: int, short: bool, per_block: int, dtype: torch.dtype, of: 
 @functools.cache
 def _fused_kernel(out_tiles: int, row_tiles: int, per_block: int, dtype: torch.dtype) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_fused(Kernel(module, name), out_tiles, row_tiles, per_block, _ELEMENT[dtype])
+        _write_fused(Kernel(module, name), out_tiles, row_tiles, per_block, ELEMENTS[dtype])
 
     return Compiled(write, "int4_fused", "amx")
 
@@ -237,7 +252,7 @@ def _fused_kernel(out_tiles: int, row_tiles: int, per_block: int, dtype: torch.d
 @functools.cache
 def _panel_kernel(per_block: int, dtype: torch.dtype) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_panels(Kernel(module, name), per_block, _ELEMENT[dtype])
+        _write_panels(Kernel(module, name), per_block, ELEMENTS[dtype])
 
     return Compiled(write, "int4_panels", "amx")
 
@@ -454,7 +469,7 @@ def _finish_tiles(
     M: Value, N: Value, element: ir.Type,
 ) -> None:  # fmt: skip
     """Tiles of sums, 16 outputs x 16 rows, to rows of outputs."""
-    size = 4 if element == F32 else 2
+    size = size_of(element)
     with k.loop(0, k.int(row_tiles)) as b, k.loop(0, k.int(out_tiles)) as a:
         top, n = row + b * TILE, first + a * TILE
         tile = k.at(place, (a * row_tiles + b) * _AMX_TILE)

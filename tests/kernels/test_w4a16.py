@@ -450,6 +450,10 @@ def test_without_llvmlite_it_says_so_once_and_works() -> None:
 
 
 class TestRefused:
+    def test_inputs_elsewhere(self, level: str) -> None:
+        with pytest.raises(ValueError, match="expected x on cpu"):
+            w4a16(torch.empty(2, 96, device="meta"), *packed(*matrix(80, 96, 32), 32))
+
     def test_a_zero_point_that_would_choose_what_is_no_table(self, level: str) -> None:
         codes, scales, zeros = matrix(32, 64, 32)
         zeros[3, 1] = 16

@@ -272,6 +272,11 @@ class TestMachineCode:
         want = w8a8_ref(x[2:4], codes, scales)
         assert error(w8a8(x[2:4], pack(codes), scales), want) < TOLERANCE[torch.float32]
 
+    def test_inputs_elsewhere_are_refused(self, pack):
+        codes, scales = weights(20, 70)
+        with pytest.raises(ValueError, match="expected x on cpu"):
+            w8a8(torch.empty(2, 70, device="meta"), pack(codes), scales)
+
     def test_codes_come_back(self, pack):
         codes, _ = weights(45, 130)
         assert torch.equal(int8_linear.unpack(pack(codes), 45, 130), codes)

@@ -126,3 +126,10 @@ def test_a_fault_would_show(fault: str, level: str) -> None:
     else:
         a = (ka[:, :112], va[:, :112])
     assert error(decode_attention(q, a, b, scale=scale), want) > 10 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("lengths", [[31, 9], [30, 10], [-1, 9], [[30, 9], [31, 0]]])
+def test_lengths_beyond_the_stores_are_refused(lengths: list[int], level: str) -> None:
+    q, (ka, va, kb, vb) = stores(4, 2, 64, 30, 9, torch.float32)
+    with pytest.raises(ValueError, match="expected lengths within"):
+        decode_attention(q, (ka, va), (kb, vb), torch.tensor(lengths))
