@@ -16,7 +16,9 @@ Sizes: M tokens, N outputs, K inputs, G groups of g inputs.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from .backend import cpu_level, runs_triton
 
 _WORD_GROUPS = (32, 64, 128)  # what the Triton kernels take
 _BLOCK_ENTRIES = 1 << 21  # weights that are unpacked at a time, 4 MB of bfloat16
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class W4A16Layout:
     group_size: int
     form: str = "rows"
     lop3: bool = False  # words that the kernel's form with assembly was seen to multiply rightly
+    level: str = ""  # vectors: what of the processor is used, as `cpu_level` said when they were made
+
+    @functools.cached_property
+    def packed_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of qweight, scales and zeros, but for words."""
+        if self.form == "vectors":
+            return _machine().packed_shapes(self.out_features, self.in_features, self.group_size)
+        groups = (self.out_features, -(-self.in_features // self.group_size))
+        return (self.out_features, -(-self.in_features // 2)), groups, groups
 
 
 def pack_w4a16(
@@ -53,16 +65,14 @@ def pack_w4a16(
     N, K = codes.shape[0], in_features
     if runs_triton(codes) and group_size in _WORD_GROUPS:
         return _pack_words(codes, scales, zeros, K, group_size)
-    if codes.device.type == "cpu" and cpu_level():
-        from .cpu import int4_linear as machine
-
-        if machine.takes(K, group_size):
-            # Whole pairs of tiles, so that only the last part is padded.
-            size = max(1, _BLOCK_ENTRIES // (K * machine.PAIR)) * machine.PAIR
-            rows = zip(codes.split(size), scales.split(size), zeros.split(size), strict=True)
-            parts = [machine.pack(unpack_nibbles(c, K), s, z, group_size) for c, s, z in rows]
-            packed, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-            return packed, scales, zeros, W4A16Layout(N, K, group_size, "vectors")
+    level = cpu_level() if codes.device.type == "cpu" else ""
+    if level and _machine().takes(K, group_size):
+        # Whole pairs of tiles, so that only the last part is padded.
+        size = max(1, _BLOCK_ENTRIES // (K * _machine().PAIR)) * _machine().PAIR
+        rows = zip(codes.split(size), _narrowed(scales).split(size), zeros.split(size), strict=True)
+        parts = [_machine().pack(unpack_nibbles(c, K), s, z, group_size) for c, s, z in rows]
+        packed, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+        return packed, scales, zeros, W4A16Layout(N, K, group_size, "vectors", level=level)
     return codes.contiguous(), scales.float(), zeros.contiguous(), W4A16Layout(N, K, group_size)
 
 
@@ -76,15 +86,14 @@ def w4a16(
     """
     _check(x, qweight, scales, zeros, layout, bias)
     N, K, g = layout.out_features, layout.in_features, layout.group_size
+    if layout.form == "vectors":  # first: a layer of one row takes some tenths of a millisecond
+        out: Tensor = _machine().int4_linear(x, qweight, scales, zeros, N, g, bias, layout.level)
+        return out
     rows = x.reshape(-1, K).contiguous()  # (M, K)
     if layout.form == "words":
         from .gpu.int4_linear import int4_linear as by_words
 
         out = by_words(rows, qweight, scales, zeros, g, bias, lop3=layout.lop3)
-    elif layout.form == "vectors":
-        from .cpu.int4_linear import int4_linear as by_vectors
-
-        out = by_vectors(rows, qweight, scales, zeros, N, g, bias, cpu_level())
     else:
         out = _by_rows(rows, qweight, scales, zeros, layout, bias)
     return out.reshape(*x.shape[:-1], N)
@@ -114,9 +123,8 @@ def unpack_w4a16(qweight: Tensor, layout: W4A16Layout) -> Tensor:
 
         return unpack_words(qweight, K)
     if layout.form == "vectors":
-        from .cpu.int4_linear import unpack
-
-        return unpack(qweight, N, K)
+        codes: Tensor = _machine().unpack(qweight, N, K)
+        return codes
     return unpack_nibbles(qweight, K)
 
 
@@ -125,8 +133,7 @@ def group_scales(scales: Tensor, zeros: Tensor, layout: W4A16Layout) -> tuple[Te
     if layout.form == "words":
         return scales.t(), zeros.t()
     if layout.form == "vectors":
-        from .cpu.int4_linear import by_row
-
+        by_row = _machine().by_row
         return by_row(scales, layout.out_features), by_row(zeros, layout.out_features)
     return scales, zeros
 
@@ -141,16 +148,22 @@ def _check(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, layout: W4
         return
     if x.device != qweight.device:  # machine code would take any address
         raise ValueError(f"expected x on {qweight.device}, where the weights are, got {x.device}")
-    groups = (N, -(-K // layout.group_size))
-    shapes: list[tuple[int, ...]] = [(N, -(-K // 2)), groups, groups]
-    if layout.form == "vectors":
-        from .cpu.int4_linear import packed_shapes
+    packed = (qweight, scales, zeros)
+    dtypes = qweight.dtype is zeros.dtype is torch.uint8 and scales.dtype in _SCALE_DTYPES
+    if dtypes and (qweight.shape, scales.shape, zeros.shape) == layout.packed_shapes:
+        return
+    for name, part, shape in zip(("qweight", "scales", "zeros"), packed, layout.packed_shapes, strict=True):
+        if part.shape != shape or part.dtype not in (_SCALE_DTYPES if part is scales else (torch.uint8,)):
+            kind = "of floats" if part is scales else "uint8"
+            raise ValueError(f"expected {name} {shape} {kind}, got {tuple(part.shape)} {part.dtype}")
 
-        shapes = packed_shapes(N, K, layout.group_size)
-    named = (("qweight", qweight, torch.uint8), ("scales", scales, torch.float32), ("zeros", zeros, torch.uint8))
-    for (name, part, dtype), shape in zip(named, shapes, strict=True):
-        if part.shape != shape or part.dtype != dtype:
-            raise ValueError(f"expected {name} {tuple(shape)} {dtype}, got {tuple(part.shape)} {part.dtype}")
+
+@functools.cache
+def _machine() -> ModuleType:
+    """The machine code, which needs llvmlite."""
+    from .cpu import int4_linear
+
+    return int4_linear
 
 
 def _pack_words(

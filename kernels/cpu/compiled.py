@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import threading
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,11 @@ def level() -> str:
 
     SPARSEVILA_CPU may name a level too, beyond which nothing is used. Raises ValueError for any other word.
     """
-    found, wanted = _highest(), os.environ.get("SPARSEVILA_CPU", "")
+    return _lowered(_highest(), os.environ.get("SPARSEVILA_CPU", ""))
+
+
+@functools.cache
+def _lowered(found: str, wanted: str) -> str:
     if wanted not in ("", "torch", *LEVELS):
         raise ValueError(f"expected SPARSEVILA_CPU torch, {', '.join(LEVELS)} or nothing, got {wanted!r}")
     if wanted == "torch" or not found:
@@ -115,14 +120,15 @@ class Compiled:
 
     def __call__(self, units: int, threads: int, *arguments: int) -> None:
         """Does `units` of work on at most so many threads. Returns when all is done."""
-        array = (ctypes.c_int64 * (3 + len(arguments)))(units, 0, 0, *arguments)
+        numbers = array("q", (units, 0, 0, *arguments))
+        at, _ = numbers.buffer_info()
         threads = min(threads, units)
         if threads <= 1:
-            self._function(array)
+            self._function(at)
         elif run := _on_torchs_threads():
-            run(self._address, array, threads, 0)
+            run(self._address, at, threads, 0)
         else:
-            list(_pool(threads).map(self._function, [array] * threads))
+            list(_pool(threads).map(self._function, [at] * threads))
 
     def assembly(self) -> str:
         """For people who look for a reason."""

@@ -9,7 +9,7 @@ operation becomes is LLVM's affair: sixteen floats are one register of AVX-512, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -404,6 +404,14 @@ class Kernel:
         return self.call("llvm.minnum" if a.element in FLOATS else "llvm.umin", a.type, a, b)
 
 
+def as_float(bits: Value, element: ir.Type) -> Value:
+    """The bits of a float, or of a vector of them, as float32."""
+    length = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+    if element == BF16:
+        return (bits.to(I32) << 16).bits(vector(F32, length) if length else F32)
+    return bits.bits(vector(element, length) if length else element).to(F32)
+
+
 def write_outputs(
     k: Kernel, values: Value, out: Value, row: Value, length: Value, first: Value, element: ir.Type
 ) -> None:
@@ -433,20 +441,26 @@ def transposed(vectors: Sequence[Value]) -> list[Value]:
     return rows
 
 
-def lane_sums(vectors: Sequence[Value]) -> Value:
-    """The sum over the lanes of each vector, in a vector of as many lanes as there are vectors (a power of 2)."""
-    rows, width = list(vectors), vectors[0].type.count
-    count, each = len(rows), width  # each: lanes that belong to one sum
-    while each > 1:
-        low = [start + lane for start in range(0, 2 * width, each) for lane in range(each // 2)]
-        if len(rows) == 1:  # fewer vectors than lanes: what is left is added in place
-            low = low[: len(low) // 2]
-            width //= 2
-        pairs = zip(rows[::2], rows[1::2] or rows, strict=True)
-        rows = [a.shuffle(b, low) + a.shuffle(b, [lane + each // 2 for lane in low]) for a, b in pairs]
-        each //= 2
-    assert rows[0].type.count == count
-    return rows[0]
+def lane_sums(vectors: Iterable[Value]) -> Value:
+    """The sum over the lanes of each vector, in a vector of as many lanes as there are vectors (a power of 2).
+
+    They are taken one by one, and joined as soon as two are there, so that few must be held.
+    """
+    waiting: list[tuple[int, Value]] = []  # how many lanes belong to one sum, and the sums
+
+    def halved(a: Value, b: Value, each: int, sums: int) -> Value:
+        low = [start + lane for start in range(0, sums * each, each) for lane in range(each // 2)]
+        return a.shuffle(b, low) + a.shuffle(b, [lane + each // 2 for lane in low])
+
+    for one in vectors:
+        each = width = one.type.count
+        while waiting and waiting[-1][0] == each:
+            one, each = halved(waiting.pop()[1], one, each, 2 * width // each), each // 2
+        waiting.append((each, one))
+    [(each, found)] = waiting
+    while each > 1:  # fewer vectors than lanes: what is left is added in place
+        found, each = halved(found, found, each, found.type.count // each), each // 2
+    return found
 
 
 def _suffix(name: str, result: ir.Type, types: list[ir.Type]) -> str:

@@ -9,14 +9,18 @@ block. A block of an output is one vector of 64 bytes: 32 words of 16 bits, of w
 its bits 4 j to 4 j + 3, j = 0..3. A shift of the vector by 4 j brings the codes of 32 neighbouring inputs down, and a
 look-up among 16 numbers of bfloat16 (which minds no higher bits) makes weights of them: two instructions for 32.
 
-**Few rows** stay in registers. They look up code - zero, which bfloat16 has exactly, multiply it with the inputs, and
-scale the sum of each group: no weight is rounded.
+**Few rows**, of bfloat16 on a processor with AVX-512, are sums of integers where groups are whole blocks. The inputs of
+a block become multiples of a unit, the 2^-20th part of the power of 2 above the largest, in three digits of 8 bits,
+which VNNI multiplies with the codes as they are: four products in each lane of an instruction. The sum of a block is
+exact; zero point, unit and scale come to it after that. So no weight is rounded, and of an input half a unit at most is
+lost: nothing, where it is more than a 4000th of the largest beside it.
+
+Few rows otherwise look up code - zero, which bfloat16 has exactly, multiply it with the inputs and scale the sum of
+each group; or do all of it in float32.
 
 **Many rows** look up (code - zero) * scale, rounded once. With tile registers (AMX) up to 64 rows are multiplied as
 soon as a block is made; for more, a panel of weights is made in a buffer that stays in the L2 cache and is multiplied
 with all rows before the next. Without them, and in float32, panels go through torch's product.
-
-Activations in bfloat16 take the instructions for it, where the processor has them; else all is float32.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from .emit import (
     VOID,
     Kernel,
     Value,
+    as_float,
     lane_sums,
     size_of,
     transposed,
@@ -57,6 +62,11 @@ _AMX_TILE = 1024  # bytes of 16 x 32 bfloat16, or of 16 x 16 sums
 _BLOCK_TILES = BLOCK // _STEP * _AMX_TILE  # bytes of a block of a tile, as bfloat16
 
 _MOST = 15  # of a code, or a zero point
+
+_DIGITS = 3  # of 8 bits
+_DIGIT_BITS = 20  # that they hold: 128 products with codes up to 15 fill an int32
+_RECORD_BYTES = (2 * _DIGITS + 1) * _VECTOR  # of a block of a row: its digits, and behind them its unit and its sum
+_UNIT, _SUM = 2 * _DIGITS * _VECTOR, 2 * _DIGITS * _VECTOR + 4
 
 _PREFETCHED = 2048  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_ENTRIES = 1 << 21  # weights that torch's product takes at a time
@@ -77,8 +87,8 @@ def takes(in_features: int, group_size: int) -> bool:
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """codes (N, K) uint8 of 0..15, scales (N, G) of floats, zeros (N, G) uint8 -> words (tiles, blocks, 16, 64) uint8,
-    scales (tiles, groups, 16) float32, zeros (tiles, groups, 16) uint8; the groups of the padding are zeros. Raises
-    ValueError for a zero point above 15."""
+    scales (tiles, groups, 16) as they came, zeros (tiles, groups, 16) uint8; the groups of the padding are zeros.
+    Raises ValueError for a zero point above 15."""
     if zeros.numel() and int(zeros.max()) > _MOST:  # they choose a table, and none lies behind the last
         raise ValueError(f"expected zero points of 0..{_MOST}, got {int(zeros.max())}")
     N, K = codes.shape
@@ -88,16 +98,16 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> tuple
     groups = -(-blocks * BLOCK // group_size) if group_size < K else 1
     scales, zeros = (
         F.pad(part, (0, groups - part.shape[1], 0, -N % PAIR)).view(-1, TILE, groups).transpose(1, 2).contiguous()
-        for part in (scales.float(), zeros)
+        for part in (scales, zeros)
     )
     return words, scales, zeros
 
 
-def packed_shapes(num_rows: int, in_features: int, group_size: int) -> list[tuple[int, ...]]:
+def packed_shapes(num_rows: int, in_features: int, group_size: int) -> tuple[tuple[int, ...], ...]:
     """Of what `pack` returns."""
     tiles, blocks = -(-num_rows // PAIR) * 2, -(-in_features // BLOCK)
     groups = -(-blocks * BLOCK // group_size) if group_size < in_features else 1
-    return [(tiles, blocks, TILE, _VECTOR), (tiles, groups, TILE), (tiles, groups, TILE)]
+    return (tiles, blocks, TILE, _VECTOR), (tiles, groups, TILE), (tiles, groups, TILE)
 
 
 def unpack(words: Tensor, num_rows: int, in_features: int) -> Tensor:
@@ -123,35 +133,37 @@ def int4_linear(
     bias: Tensor | None,
     of: str,
 ) -> Tensor:
-    """x (M, K) float32, bfloat16 or float16, contiguous; words, scales and zeros of `pack`; bias (N,) of any float or
-    None; `of` a level of `compiled.LEVELS`. Returns (M, N = num_rows) in x's dtype, accumulated in float32.
+    """x (..., K) float32, bfloat16 or float16; words, scales and zeros of `pack`; bias (N,) of any float or None; `of`
+    a level of `compiled.LEVELS`. Returns (..., N = num_rows) in x's dtype, accumulated in float32.
     """
-    M, K = x.shape
-    out = torch.empty(M, num_rows, dtype=x.dtype)
-    arithmetic = of if x.dtype == torch.bfloat16 else "any"
-    if arithmetic == "any":
-        x = x.float()
-    added = torch.zeros(num_rows) if bias is None else bias.float()
-    wide = F.pad(added, (0, -num_rows % PAIR))
-    few = M <= (1 if arithmetic == "amx" else 4)  # they cost more with each; tiles cost the same from 1 to 16
-    if K % BLOCK and (few or arithmetic != "amx"):
-        x = F.pad(x, (0, -K % BLOCK))
-    if M == 0:
+    x, K = x.contiguous(), x.shape[-1]
+    rows = x.numel() // K
+    out = torch.empty((*x.shape[:-1], num_rows), dtype=x.dtype)
+    if rows == 0:
         return out
+    padded = words.shape[0] * TILE
+    wide = None if bias is None else F.pad(bias.float(), (0, padded - num_rows))
     # One group for all inputs holds those of the padding too.
     weight = (words, scales, zeros, group_size if group_size < K else words.shape[1] * BLOCK)
-    if few:
-        _few(x, weight, wide, out, arithmetic, of)
-    elif arithmetic == "amx":
-        size = _even_parts(M, _MOST_ROWS)
-        for part, found in zip(x.split(size), out.split(size), strict=True):
+    arithmetic = of if x.dtype == torch.bfloat16 else "any"
+    few = rows <= (1 if arithmetic == "amx" else 4)  # they cost more with each; tiles cost the same from 1 to 16
+    if few and arithmetic != "any" and weight[3] % BLOCK == 0:
+        _by_dots(x, rows, weight, wide, out, of)
+        return out
+    wide = torch.zeros(padded) if wide is None else wide
+    x, flat = x.view(rows, K), out.view(rows, num_rows)
+    if arithmetic == "amx" and not few:
+        size = _even_parts(rows, _MOST_ROWS)
+        for part, found in zip(x.split(size), flat.split(size), strict=True):
             _by_tiles(part, weight, wide, found)
     else:
-        _by_torch(x, weight, wide, out, arithmetic, of)
+        x = F.pad(x if arithmetic != "any" else x.float(), (0, -K % BLOCK))
+        (_few if few else _by_torch)(x, weight, wide, flat, of)
     return out
 
 
 _Weight = tuple[Tensor, Tensor, Tensor, int]
+_Groups = tuple[int, torch.dtype]  # in a block, at least 1, and what their scales are: a kernel for each
 
 
 def _group_numbers(weight: _Weight) -> tuple[int, int]:
@@ -159,10 +171,10 @@ def _group_numbers(weight: _Weight) -> tuple[int, int]:
     return max(1, weight[3] // BLOCK), weight[1].shape[1]
 
 
-def _few(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, arithmetic: str, of: str) -> None:
-    words, scales, zeros, group_size = weight
+def _few(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, of: str) -> None:
+    words, scales, zeros, _ = weight
     rows = x.shape[0]
-    kernel = _few_kernel(rows, arithmetic != "any", _groups_of_block(group_size), out.dtype, of)
+    kernel = _few_kernel(rows, x.dtype == torch.bfloat16, _groups_of(weight), out.dtype, of)
     kernel(
         words.shape[0] * _passes(rows), torch.get_num_threads(),
         *(part.data_ptr() for part in (x, words, scales, zeros, bias, out)),
@@ -170,8 +182,20 @@ def _few(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, arithmetic: str,
     )  # fmt: skip
 
 
-def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
+def _by_dots(x: Tensor, rows: int, weight: _Weight, bias: Tensor | None, out: Tensor, of: str) -> None:
     words, scales, zeros, group_size = weight
+    tiles, blocks = words.shape[:2]
+    threads, each = torch.get_num_threads(), rows * blocks * _RECORD_BYTES
+    memory = torch.empty(each * threads, dtype=torch.uint8)
+    _dot_kernel(rows, bias is not None, scales.dtype, of)(
+        tiles // 2, threads, x.data_ptr(), words.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1], blocks, group_size // BLOCK,
+        scales.shape[1], x.shape[-1], memory.data_ptr(), each,
+    )  # fmt: skip
+
+
+def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
+    words, scales, zeros, _ = weight
     (M, K), (tiles, blocks), threads = x.shape, words.shape[:2], torch.get_num_threads()
     row_tiles = -(-M // TILE)
     x_bytes = (row_tiles + row_tiles % 2) * blocks * _BLOCK_TILES
@@ -180,7 +204,7 @@ def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
         units = tiles // out_tiles
         numbers: tuple[int, ...] = ()
         each = out_tiles * _BLOCK_TILES + out_tiles * row_tiles * _AMX_TILE
-        kernel = _fused_kernel(out_tiles, row_tiles, _groups_of_block(group_size), out.dtype)
+        kernel = _fused_kernel(out_tiles, row_tiles, _groups_of(weight), out.dtype)
     else:
         pairs = tiles // 2
         panel, chunk = max(1, min(_PANEL_PAIRS, pairs // threads)), min(_PANEL_BLOCKS, blocks)
@@ -189,7 +213,7 @@ def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
         # Of one chunk, sums are done at once, and all rows use the same place.
         each = panel_bytes + (-(-M // PAIR) if chunk < blocks else 1) * panel * 4 * _AMX_TILE
         numbers = (pairs, panel, chunk, panel_bytes)
-        kernel = _panel_kernel(_groups_of_block(group_size), out.dtype)
+        kernel = _panel_kernel(_groups_of(weight), out.dtype)
     at, memory = _scratch.take(x_bytes + each * min(threads, units))
     _tile_rows_kernel()(row_tiles, threads, x.data_ptr(), at, M, blocks * BLOCK // _STEP, K)
     kernel(
@@ -199,14 +223,14 @@ def _by_tiles(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor) -> None:
     del memory
 
 
-def _by_torch(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, arithmetic: str, of: str) -> None:
+def _by_torch(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, of: str) -> None:
     """Weights in x's dtype, as many as are worth a call, and their product."""
-    words, scales, zeros, group_size = weight
+    words, scales, zeros, _ = weight
     tiles, blocks = words.shape[:2]
     K = blocks * BLOCK
     size = max(1, min(tiles, _PANEL_ENTRIES // (TILE * K)))
     panel = torch.empty(size * TILE, K, dtype=x.dtype)
-    kernel = _weights_kernel(arithmetic != "any", _groups_of_block(group_size), of)
+    kernel = _weights_kernel(x.dtype == torch.bfloat16, _groups_of(weight), of)
     for first in range(0, tiles, size):
         count, columns = min(size, tiles - first), slice(first * TILE, (first + size) * TILE)
         parts = (panel, words[first], scales[first], zeros[first])
@@ -221,8 +245,8 @@ def _even_parts(rows: int, most: int) -> int:
     return -(-rows // (parts * PAIR)) * PAIR
 
 
-def _groups_of_block(group_size: int) -> int:
-    return max(1, BLOCK // group_size)
+def _groups_of(weight: _Weight) -> _Groups:
+    return max(1, BLOCK // weight[3]), weight[1].dtype
 
 
 def _passes(rows: int) -> int:
@@ -234,25 +258,33 @@ def _passes(rows: int) -> int:
 
 
 @functools.cache
-def _few_kernel(rows: int, short: bool, per_block: int, dtype: torch.dtype, of: str) -> Compiled:
+def _few_kernel(rows: int, short: bool, groups: _Groups, dtype: torch.dtype, of: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_few(Kernel(module, name), rows, short, per_block, ELEMENTS[dtype])
+        _write_few(Kernel(module, name), rows, short, groups, ELEMENTS[dtype])
 
     return Compiled(write, "int4_few", of)
 
 
 @functools.cache
-def _fused_kernel(out_tiles: int, row_tiles: int, per_block: int, dtype: torch.dtype) -> Compiled:
+def _dot_kernel(rows: int, biased: bool, scale_dtype: torch.dtype, of: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_fused(Kernel(module, name), out_tiles, row_tiles, per_block, ELEMENTS[dtype])
+        _write_dots(Kernel(module, name), rows, biased, scale_dtype)
+
+    return Compiled(write, "int4_dots", of)
+
+
+@functools.cache
+def _fused_kernel(out_tiles: int, row_tiles: int, groups: _Groups, dtype: torch.dtype) -> Compiled:
+    def write(module: ir.Module, name: str) -> None:
+        _write_fused(Kernel(module, name), out_tiles, row_tiles, groups, ELEMENTS[dtype])
 
     return Compiled(write, "int4_fused", "amx")
 
 
 @functools.cache
-def _panel_kernel(per_block: int, dtype: torch.dtype) -> Compiled:
+def _panel_kernel(groups: _Groups, dtype: torch.dtype) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_panels(Kernel(module, name), per_block, ELEMENTS[dtype])
+        _write_panels(Kernel(module, name), groups, ELEMENTS[dtype])
 
     return Compiled(write, "int4_panels", "amx")
 
@@ -263,9 +295,9 @@ def _tile_rows_kernel() -> Compiled:
 
 
 @functools.cache
-def _weights_kernel(short: bool, per_block: int, of: str) -> Compiled:
+def _weights_kernel(short: bool, groups: _Groups, of: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_weights(Kernel(module, name), short, per_block)
+        _write_weights(Kernel(module, name), short, groups)
 
     return Compiled(write, "int4_weights", of)
 
@@ -273,12 +305,12 @@ def _weights_kernel(short: bool, per_block: int, of: str) -> Compiled:
 class _Codes:
     """Where a kernel finds the weights: addresses, how many blocks there are and how groups lie in them."""
 
-    def __init__(self, k: Kernel, addresses: int, numbers: int, per_block: int) -> None:
+    def __init__(self, k: Kernel, addresses: int, numbers: int, groups: _Groups) -> None:
         self.k = k
         self.words, self.scales, self.zeros = (k.address(addresses + i) for i in range(3))
         self.blocks, self.group_blocks, self.groups = (k.argument(numbers + i) for i in range(3))
-        self.per_block = per_block
-        self.steps = BLOCK // _STEP // per_block  # of a group in a block
+        self.per_block, self.scale_type = groups[0], ELEMENTS[groups[1]]
+        self.steps = BLOCK // _STEP // self.per_block  # of a group in a block
 
     def vectors(self, tile: Value, block: Value, first: Value | int = 0) -> Value:
         """The address of a block's vectors, from that output of the tile on."""
@@ -289,8 +321,11 @@ class _Codes:
         within = block // self.group_blocks if self.per_block == 1 else block * self.per_block
         return (tile * self.groups + within) * TILE + first
 
-    def scale(self, at: Value) -> Value:
-        return self.k.load(self.scales, F32, at * 4)
+    def scale(self, at: Value, lanes: int = 0) -> Value:
+        """One as float32, or so many, from that index on."""
+        size = size_of(self.scale_type)
+        bits = I32 if size == 4 else I16
+        return as_float(self.k.load(self.scales, vector(bits, lanes) if lanes else bits, at * size), self.scale_type)
 
     def zero(self, at: Value) -> Value:
         return self.k.load(self.zeros, I8, at).to(I32)
@@ -302,10 +337,14 @@ class _Codes:
         zero, scale = self.zero(at).signed_to_float().splat(16), self.scale(at).splat(16)
         return ((codes - zero) * scale).to(BF16).bits(_I16x16).pick([lane % 16 for lane in range(32)])
 
-    def parts(self, source: Value, group: Value, outputs: int) -> Iterator[tuple[int, Value, Value, range]]:
-        """(output, its vector, where its scale is, its steps) for every group of a block."""
+    def ask_for(self, source: Value, outputs: int) -> None:
+        """Prefetches what comes later than the vectors of so many outputs."""
         for o in range(outputs):
             self.k.prefetch(source, o * _VECTOR + _PREFETCHED)
+
+    def parts(self, source: Value, group: Value, outputs: int) -> Iterator[tuple[int, Value, Value, range]]:
+        """(output, its vector, where its scale is, its steps) for every group of a block."""
+        self.ask_for(source, outputs)
         for o in range(outputs):
             vector = self.k.load(source, _I16x32, o * _VECTOR)
             for part in range(self.per_block):
@@ -325,9 +364,9 @@ def _widened(k: Kernel, words: Value, step: int, scale: Value, shift: Value) -> 
     return [k.fma(half, scale.splat(16), shift.splat(16)) for half in halves]
 
 
-def _write_few(k: Kernel, rows: int, short: bool, per_block: int, element: ir.Type) -> None:
+def _write_few(k: Kernel, rows: int, short: bool, groups: _Groups, element: ir.Type) -> None:
     """Arguments: x, words, scales, zeros, bias, out; N, blocks, blocks of a group, groups."""
-    xs, codes = k.address(3), _Codes(k, 4, 10, per_block)
+    xs, codes = k.address(3), _Codes(k, 4, 10, groups)
     bias, out, N = k.address(7), k.address(8), k.argument(9)
     outputs, size = TILE // _passes(rows), 2 if short else 4
     numbers = torch.arange(16).repeat(2) - torch.arange(16)[:, None]  # of each zero point, code - zero, twice
@@ -366,12 +405,91 @@ def _write_few(k: Kernel, rows: int, short: bool, per_block: int, element: ir.Ty
     k.done()
 
 
-def _write_fused(k: Kernel, out_tiles: int, row_tiles: int, per_block: int, element: ir.Type) -> None:
+def _write_dots(k: Kernel, rows: int, biased: bool, scale_dtype: torch.dtype) -> None:
+    """Arguments: x, words, scales, zeros, bias, out; N, blocks, blocks of a group, groups, K; a thread's memory.
+
+    Two tiles in turn are two streams through the memory: while one crosses into a new page, where the processor's
+    prefetching starts anew, the other one flows.
+    """
+    given, codes = k.address(3), _Codes(k, 4, 10, (1, scale_dtype))
+    bias, out, N, K = k.address(7), k.address(8), k.argument(9), k.argument(13)
+    records = k.at(k.address(14), k.thread() * k.argument(15))
+    with k.loop(0, codes.blocks) as block:
+        for r in range(rows):
+            _write_record(k, k.at(given, K * (2 * r)), block, K, k.at(records, (block * rows + r) * _RECORD_BYTES))
+    with k.units() as pair:
+        found = [[k.variable(k.fill(_F32x16, 0)) for _ in range(rows)] for _ in range(2)]
+        with k.loop(0, codes.blocks) as block:
+            for t, totals in enumerate(found):
+                source, at = codes.vectors(pair * 2 + t, block), codes.group(pair * 2 + t, block)
+                codes.ask_for(source, TILE)
+                zeros = k.load(codes.zeros, vector(I8, TILE), at).to(I32)
+                scales = codes.scale(at, TILE)
+                for r in range(rows):
+                    record = k.at(records, (block * rows + r) * _RECORD_BYTES)
+                    sums = lane_sums(_dots(k, source, record)) - zeros * k.load(record, I32, _SUM).splat(TILE)
+                    unit = k.load(record, F32, _UNIT).splat(TILE)
+                    totals[r].set(k.fma(sums.signed_to_float() * unit, scales, totals[r].get()))
+        for t, totals in enumerate(found):
+            n = (pair * 2 + t) * TILE
+            for r in range(rows):
+                y = totals[r].get()
+                write_outputs(k, y + k.load(bias, _F32x16, n * 4) if biased else y, out, k.int(r), N, n, BF16)
+    k.done()
+
+
+def _dots(k: Kernel, words: Value, digits: Value) -> Iterator[Value]:
+    """For each output of a tile its codes times a record's digits, summed into 16 lanes."""
+    for o in range(TILE):
+        both = k.load(words, _I16x32, o * _VECTOR)
+        codes = [(half & 0x0F0F).bits(_I32x16) for half in (both, both >> 4)]
+        total = k.fill(_I32x16, 0)
+        for digit in reversed(range(_DIGITS)):  # the high ones first
+            if digit < _DIGITS - 1:
+                total = total << 8
+            for half, one in enumerate(codes):
+                x = k.load(digits, _I32x16, (2 * digit + half) * _VECTOR)
+                total = k.call("llvm.x86.avx512.vpdpbusd.512", _I32x16, total, one, x)
+        yield total
+
+
+def _write_record(k: Kernel, row: Value, block: Value, K: Value, to: Value) -> None:
+    """A block of a row, as `_dots` wants it: per digit two vectors, whose bytes 2 l belong to the inputs l and 32 + l,
+    their bytes 2 l + 1 to 64 + l and 96 + l, as in the words' low and high halves. Then the unit of the lowest digit,
+    float32, and the sum of the block in it, int32.
+    """
+    bits = []
+    for start in range(0, BLOCK, TILE):
+        first = block * BLOCK + start
+        left = (first < K).choose(K - first, k.int(0))
+        bits.append(k.load_first(k.at(row, first * 2), _I16x16, left).to(I32))
+    # Without its sign a float is ordered as its bits are, and a NaN is above all.
+    largest = k.reduced(functools.reduce(k.larger, [part & 0x7FFF for part in bits]), k.larger)
+    exponent = k.larger(largest >> 7, k.fill(I32, _DIGIT_BITS))
+    unit = ((exponent - (_DIGIT_BITS - 1)) << 23).bits(F32)
+    # What is no number, or has no end, shows in every output.
+    k.store((exponent < 255).choose(unit, k.fill(I32, 0x7FC00000).bits(F32)), to, _UNIT)
+    # Beside 1.5 * 2^23 a float has no fraction: adding rounds to even, and the last bits are the integer.
+    per_unit = ((k.fill(I32, 254 + _DIGIT_BITS - 1) - exponent) << 23).bits(F32).splat(TILE)
+    border = k.fill(_F32x16, 1.5 * 2**23)
+    wide = [k.fma((part << 16).bits(_F32x16), per_unit, border).bits(_I32x16) for part in bits]
+    integers = [part - border.bits(_I32x16) for part in wide]
+    k.store(k.reduced(functools.reduce(Value.__add__, integers), Value.__add__), to, _SUM)
+    for digit in range(_DIGITS):
+        # With this added, the bytes of a number are its digits from -128 to 127, each 128 too large.
+        raw = [(part + 0x808080) >> 8 * digit for part in integers]
+        for half in (0, 1):
+            low, high = (raw[2 * step : 2 * step + 2] for step in (half, half + 2))  # steps of 32 inputs
+            pairs = [(((a & 255) | ((b & 255) << 8)) ^ 0x8080).to(I16) for a, b in zip(low, high, strict=True)]
+            k.store(pairs[0].shuffle(pairs[1], range(_STEP)), to, (2 * digit + half) * _VECTOR)
+
+
+def _write_fused(k: Kernel, out_tiles: int, row_tiles: int, groups: _Groups, element: ir.Type) -> None:
     """Few tiles of rows: sums stay in the tile registers over all inputs, blocks of weights in the L1 cache.
 
     Arguments: x in tiles, words, scales, zeros, bias, out; N, blocks, blocks of a group, groups, M; a thread's memory.
     """
-    xs, codes = k.address(3), _Codes(k, 4, 10, per_block)
+    xs, codes = k.address(3), _Codes(k, 4, 10, groups)
     bias, out, N, M = k.address(7), k.address(8), k.argument(9), k.argument(13)
     buffer = k.at(k.address(14), k.thread() * k.argument(15))
     k.configure_tiles()
@@ -395,9 +513,9 @@ def _write_fused(k: Kernel, out_tiles: int, row_tiles: int, per_block: int, elem
     k.done()
 
 
-def _write_panels(k: Kernel, per_block: int, element: ir.Type) -> None:
+def _write_panels(k: Kernel, groups: _Groups, element: ir.Type) -> None:
     """Arguments as of the fused kernel, then pairs of tiles, pairs in a panel, blocks in a panel, its bytes."""
-    xs, codes = k.address(3), _Codes(k, 4, 10, per_block)
+    xs, codes = k.address(3), _Codes(k, 4, 10, groups)
     bias, out, N, M = k.address(7), k.address(8), k.argument(9), k.argument(13)
     pairs, panel, chunk = (k.argument(i) for i in (16, 17, 18))
     buffer = k.at(k.address(14), k.thread() * k.argument(15))
@@ -508,9 +626,9 @@ def _write_tile_rows(k: Kernel) -> None:
     k.done()
 
 
-def _write_weights(k: Kernel, short: bool, per_block: int) -> None:
+def _write_weights(k: Kernel, short: bool, groups: _Groups) -> None:
     """A tile's weights as rows, in bfloat16 or float32. Arguments: rows, words, scales, zeros; as for the others."""
-    made, codes = k.address(3), _Codes(k, 4, 7, per_block)
+    made, codes = k.address(3), _Codes(k, 4, 7, groups)
     size = 2 if short else 4
     with k.units() as tile, k.loop(0, codes.blocks) as block:
         for o, words, at, steps in codes.parts(codes.vectors(tile, block), codes.group(tile, block), TILE):

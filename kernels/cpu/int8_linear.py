@@ -24,7 +24,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import Compiled, Scratch
-from .emit import BF16, ELEMENTS, F32, I8, I16, I32, VOID, Kernel, Value, Variable, size_of, vector, write_outputs
+from .emit import (
+    BF16,
+    ELEMENTS,
+    F32,
+    I8,
+    I16,
+    I32,
+    VOID,
+    Kernel,
+    Value,
+    Variable,
+    as_float,
+    size_of,
+    vector,
+    write_outputs,
+)
 
 TILE, STEP = 16, 64  # outputs and rows of a tile, inputs of a product of tiles
 PAIR = 2 * TILE
@@ -127,7 +142,7 @@ def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
         values = most.get()
         while lanes_left := values.type.count // 2:
             values = k.larger(values.pick(range(lanes_left)), values.pick(range(lanes_left, 2 * lanes_left)))
-        largest = _as_float(values, element).lane(0)
+        largest = as_float(values, element).lane(0)
         scale = largest / _LARGEST
         scale = scale.equals(0.0).choose(k.fill(F32, 1.0), scale)
         k.store(scale, scales, row * 4)
@@ -140,20 +155,13 @@ def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
                         start, place = step * STEP + part, k.at(to, step * _TILE_BYTES + part)
                         with k.either(K >= start + 16) as (all_of_them, some):
                             with all_of_them:
-                                x = _as_float(k.load(source, vector(integer, 16), start * size), element)
+                                x = as_float(k.load(source, vector(integer, 16), start * size), element)
                                 k.store(_codes(k, x, scale, is_tiny) ^ flipped, place)
                             with some:
                                 left = (start < K).choose(K - start, k.int(0))
                                 bits = k.load_first(k.at(source, start * size), vector(integer, 16), left)
-                                k.store(_codes(k, _as_float(bits, element), scale, is_tiny) ^ flipped, place)
+                                k.store(_codes(k, as_float(bits, element), scale, is_tiny) ^ flipped, place)
     k.done()
-
-
-def _as_float(bits: Value, element: ir.Type) -> Value:
-    """Bits of numbers -> float32."""
-    if element == BF16:
-        return (bits.to(I32) << 16).bits(vector(F32, bits.type.count))
-    return bits.bits(vector(element, bits.type.count)).to(F32)
 
 
 def _codes(k: Kernel, x: Value, scale: Value, is_tiny: bool) -> Value:

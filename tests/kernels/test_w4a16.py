@@ -27,7 +27,7 @@ ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 DTYPES = list(TOLERANCE)
 # Around what is few, around tiles of 16 rows and pairs of them, around what is multiplied as it is made.
 ROWS = (1, 2, 3, 4, 5, 16, 17, 33, 49, 64, 65, 130)
-FEW, MANY = 2, 47
+ONE, FEW, MANY = 1, 2, 47
 # N, K, group size. Outputs stand in pairs of tiles of 16, inputs in blocks of 128: with and without a rest.
 VECTORS = [
     (64, 64, 32), (80, 96, 32), (13, 64, 64), (33, 33, 32), (208, 512, 256), (40, 3420, 128), (144, 4096, 128),
@@ -149,7 +149,7 @@ def test_the_packed_words_are_as_they_are_described(monkeypatch: pytest.MonkeyPa
     words = packed(one, torch.ones(1, 1), torch.zeros(1, 1), 128)[0].view(torch.int16)
     assert words.flatten().nonzero().tolist() == [[5]]
     assert words.flatten()[5] == 0x0900
-    assert layout == W4A16Layout(2, 128, 128, "vectors")
+    assert layout == W4A16Layout(2, 128, 128, "vectors", level="any")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -386,6 +386,31 @@ def test_a_row_that_is_no_number_stays_alone(M: int, dtype: torch.dtype, level: 
         assert not torch.isfinite(got[row]).any()
 
 
+@pytest.mark.parametrize("M", [1, 4, 17])
+@pytest.mark.parametrize("exponent", [-90, 0, 110])
+def test_the_largest_sums_have_room(exponent: int, M: int, level: str) -> None:
+    codes = torch.full((40, 384), 15)
+    codes[20:] = 0
+    zeros = torch.zeros(40, 3)
+    zeros[20:] = 15
+    tensors = packed(codes, torch.full((40, 3), 0.5), zeros, 128)
+    # The largest number below a power of 2: as many as fill what adds them.
+    x = torch.full((M, 384), (2 - 2.0**-7) * 2.0**exponent, dtype=torch.bfloat16)
+    x[M // 2] *= -1
+    want = x.double() @ dense(codes, torch.full((40, 3), 0.5), zeros, 128).t()
+    assert torch.equal(w4a16(x, *tensors), want.bfloat16())
+
+
+@pytest.mark.parametrize("M", [1, 4, 17])
+def test_small_inputs_are_not_lost_beside_a_large_one(M: int, level: str) -> None:
+    codes, scales, zeros = matrix(48, 512, 128)
+    codes[:, 200] = zeros[:, 1]  # where x is large no weight is, so that the others remain
+    x = inputs(M, 512, torch.bfloat16)
+    want = x.double() @ dense(codes, scales, zeros, 128).t()
+    x[:, 200] = 1000
+    assert error(w4a16(x, *packed(codes, scales, zeros, 128)), want) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 4, 17, 49, 65])
 def test_a_scale_that_is_no_number_shows(M: int, dtype: torch.dtype, level: str) -> None:
@@ -398,7 +423,7 @@ def test_a_scale_that_is_no_number_shows(M: int, dtype: torch.dtype, level: str)
     assert got[:, 19].isnan().all()
 
 
-@pytest.mark.parametrize("M", [FEW, MANY, 130])
+@pytest.mark.parametrize("M", [ONE, FEW, MANY, 130])
 @pytest.mark.parametrize("shape", [(80, 96, 32), (48, 512, 128), (64, 33, 11)], ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_would_show(fault: str, shape: tuple[int, int, int], M: int, level: str) -> None:
@@ -472,7 +497,7 @@ class TestRefused:
             ((x, qweight[1:], scales, zeros, layout), "expected qweight"),
             ((x, qweight.int(), scales, zeros, layout), "expected qweight"),
             ((x, qweight, scales[1:], zeros, layout), "expected scales"),
-            ((x, qweight, scales.half(), zeros, layout), "expected scales"),
+            ((x, qweight, scales.double(), zeros, layout), "expected scales"),
             ((x, qweight, scales, zeros, replace(layout, in_features=64)), r"expected x \(\.\.\., 64\)"),
             ((x, qweight, scales, zeros, replace(layout, out_features=120)), "expected qweight"),
             ((x, qweight, scales, zeros, replace(layout, group_size=64)), "expected scales"),
