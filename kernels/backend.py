@@ -2,25 +2,29 @@
 
 CUDA tensors run Triton, CPU tensors torch or, in quantised layers, machine code. With TRITON_INTERPRET=1 in the
 environment, where Triton runs its kernels in Python on the CPU, CPU tensors run them too: this is how they are tested
-without a GPU. Not those of bfloat16, on which the interpreter's `tl.dot` is wrong.
+without a GPU. Not those of bfloat16, on which the interpreter's `tl.dot` is wrong. The environment is read once: to
+look it up takes as long as a small operation.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 from torch import Tensor
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether ops on this tensor are Triton kernels."""
     if tensor.is_cuda:
         return True
-    interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted and tensor.dtype != torch.bfloat16
+    return _INTERPRETED and tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16
 
 
+@functools.cache
 def cpu_level() -> str:
     """What `kernels/cpu` may use of this processor, a level of its `compiled.LEVELS`; "" for torch alone."""
     from .cpu.compiled import level

@@ -11,6 +11,9 @@ Source: SmoothQuant, arXiv 2211.10438. Sizes: M tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,9 +47,8 @@ def pack_w8a8(codes: Tensor) -> Tensor:
 
         return padded(codes)[:, : codes.shape[1]]
     if codes.device.type == "cpu" and cpu_level() in _MACHINE_LEVELS:
-        from .cpu.int8_linear import pack
-
-        return pack(codes)
+        tiles: Tensor = _machine().pack(codes)
+        return tiles
     if codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
         packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         return packed
@@ -73,17 +75,15 @@ def w8a8(
     _check(x, weight, scales, bias, shape)
     if act and act not in ACTIVATIONS:
         raise ValueError(f"expected act one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if weight.ndim == 3:
+        tiled: Tensor = _machine().int8_linear(x if norm is None else norm(x), weight, scales, bias, cpu_level(), act)
+        return tiled
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if runs_triton(x) and not weight.is_mkldnn:
         from .gpu.int8_linear import int8_linear, with_padding
 
         weight = with_padding(weight)
         out = int8_linear(*quantize_rows(rows, norm, width=weight.shape[1]), weight, scales, bias, x.dtype, act)
-        return out.reshape(*x.shape[:-1], scales.shape[0])
-    if weight.ndim == 3:
-        from .cpu.int8_linear import int8_linear as by_tiles
-
-        out = by_tiles((rows if norm is None else norm(rows)).contiguous(), weight, scales, bias, cpu_level(), act)
         return out.reshape(*x.shape[:-1], scales.shape[0])
     out = _plain(rows, weight, scales, bias, norm).reshape(*x.shape[:-1], scales.shape[0])
     return activation(out, act) if act else out
@@ -141,15 +141,12 @@ def _check(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, shape: tuple[int, int] | None = None
 ) -> None:
     if weight.ndim == 3:
-        from .cpu.int8_linear import packed_shape
-
         if x.device != weight.device:  # machine code would take any address
             raise ValueError(f"expected x on {weight.device}, where the weights are, got {x.device}")
         shape = shape or (scales.numel(), x.shape[-1] if x.ndim else 0)
-        if weight.shape != packed_shape(*shape) or weight.dtype != torch.int8:
-            raise ValueError(
-                f"expected weight {packed_shape(*shape)} int8 for {shape}, got {tuple(weight.shape)} {weight.dtype}"
-            )
+        packed = _machine().packed_shape(*shape)
+        if weight.shape != packed or weight.dtype != torch.int8:
+            raise ValueError(f"expected weight {packed} int8 for {shape}, got {tuple(weight.shape)} {weight.dtype}")
     elif weight.ndim == 2 and weight.dtype == torch.int8:
         N, K = weight.shape
         shape = (K, N) if weight.is_mkldnn else (N, K)  # oneDNN says it the other way round
@@ -164,6 +161,14 @@ def _check(
         raise ValueError(f"expected scales ({N},) float32, got {tuple(scales.shape)} {scales.dtype}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"expected bias ({N},), got {tuple(bias.shape)}")
+
+
+@functools.cache
+def _machine() -> ModuleType:
+    """The machine code, which needs llvmlite."""
+    from .cpu import int8_linear
+
+    return int8_linear
 
 
 def _packed_product(a: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from families import TinyFolders
 from oracles import TINY, Oracle, build_oracle
+
+from sparsevila.kernels.backend import cpu_level
 
 # The models of the tests are tiny: beside another busy process a second thread costs milliseconds per operation.
 torch.set_num_threads(1)
@@ -37,3 +40,15 @@ def media_script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def limit_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets SPARSEVILA_CPU, which is otherwise read once."""
+
+    def limit(word: str) -> None:
+        monkeypatch.setenv("SPARSEVILA_CPU", word)
+        cpu_level.cache_clear()
+
+    yield limit
+    cpu_level.cache_clear()

@@ -42,11 +42,7 @@ def level() -> str:
 
     SPARSEVILA_CPU may name a level too, beyond which nothing is used. Raises ValueError for any other word.
     """
-    return _lowered(_highest(), os.environ.get("SPARSEVILA_CPU", ""))
-
-
-@functools.cache
-def _lowered(found: str, wanted: str) -> str:
+    found, wanted = _highest(), os.environ.get("SPARSEVILA_CPU", "")
     if wanted not in ("", "torch", *LEVELS):
         raise ValueError(f"expected SPARSEVILA_CPU torch, {', '.join(LEVELS)} or nothing, got {wanted!r}")
     if wanted == "torch" or not found:

@@ -77,12 +77,13 @@ def packed_shape(num_rows: int, in_features: int) -> tuple[int, int, int]:
 
 
 def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, of: str, act: str = "") -> Tensor:
-    """x (M, K) float32, bfloat16 or float16, contiguous; tiles of `pack`; scales (N,) float32; bias (N,) of any float
-    or None; `of` is "avx512" or "amx"; `act` a name of `activation`, of what the outputs go through before they are
-    rounded. Returns (M, N) in x's dtype.
+    """x (..., K) float32, bfloat16 or float16; tiles of `pack`; scales (N,) float32; bias (N,) of these dtypes or None;
+    `of` is "avx512" or "amx"; `act` a name of `activation`, of what the outputs go through before they are rounded.
+    Returns (..., N) in x's dtype.
     """
-    (M, K), N, (count, steps, _) = x.shape, scales.shape[0], tiles.shape
-    out = torch.empty(M, N, dtype=x.dtype)
+    x, scales, K, N, (count, steps, _) = x.contiguous(), scales.contiguous(), x.shape[-1], scales.shape[0], tiles.shape
+    M = x.numel() // K
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     if M == 0:
         return out
     threads, row_tiles, pairs = torch.get_num_threads(), -(-M // TILE), count // 2
@@ -90,15 +91,14 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
     most = max(1, panel_bytes // (PAIR * STEP * steps))
     panel = max(1, min(most, pairs // threads))
     units = -(-pairs // panel)
-    more = -N % PAIR
-    wide = scales.new_zeros(N + more) if bias is None else F.pad(bias.float(), (0, more))
-    scales = F.pad(scales, (0, more))
+    if bias is not None:
+        bias = bias.contiguous() if bias.dtype in ELEMENTS else bias.float()
     code_bytes, scale_bytes = (row_tiles + row_tiles % 2) * steps * _TILE_BYTES, (row_tiles + 1) * _VECTOR
     at, memory = _scratch.take(code_bytes + scale_bytes + 4 * _TILE_BYTES * min(threads, units))
     scales_at = at + code_bytes
     _quantise_kernel(x.dtype, of)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
-    _product_kernel(x.dtype, of, act)(
-        units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), wide.data_ptr(),
+    _product_kernel(x.dtype, None if bias is None else bias.dtype, of, act)(
+        units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
         out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes,
     )  # fmt: skip
     del memory
@@ -114,9 +114,9 @@ def _quantise_kernel(dtype: torch.dtype, of: str) -> Compiled:
 
 
 @functools.cache
-def _product_kernel(dtype: torch.dtype, of: str, act: str) -> Compiled:
+def _product_kernel(dtype: torch.dtype, bias: torch.dtype | None, of: str, act: str) -> Compiled:
     def write(module: ir.Module, name: str) -> None:
-        _write_product(Kernel(module, name), ELEMENTS[dtype], of, act)
+        _write_product(Kernel(module, name), ELEMENTS[dtype], None if bias is None else ELEMENTS[bias], of, act)
 
     return Compiled(write, "int8_product", of)
 
@@ -182,7 +182,7 @@ def _codes(k: Kernel, x: Value, scale: Value, is_tiny: bool) -> Value:
     return (quotient + 1.5 * 2**23).bits(vector(I32, 16)).to(I8)
 
 
-def _write_product(k: Kernel, element: ir.Type, of: str, act: str) -> None:
+def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of: str, act: str) -> None:
     """Arguments: codes in tiles, their scales, weights, scales, bias, out; M, N, steps, pairs of tiles, of these in a
     panel; a thread's memory."""
     xs, words, scales, bias = (k.address(i) for i in (3, 5, 6, 7))
@@ -207,16 +207,28 @@ def _write_product(k: Kernel, element: ir.Type, of: str, act: str) -> None:
                 else:
                     x_row = k.at(xs, top // TILE * steps * _TILE_BYTES + top % TILE * _VECTOR)
                     _multiply_dots(k, x_row, w, steps, place)
-                added = [k.load(part, _F32x16, (pair * 2 + b) * _VECTOR) for part in (scales, bias) for b in (0, 1)]
                 rows = k.smaller(k.int(row_block), M - top)
-                with k.either(N >= (pair + 1) * PAIR) as (whole, part):
-                    with whole:
-                        _finish(k, place, top, rows, pair, added, element, act, whole=True)
-                    with part:
-                        _finish(k, place, top, rows, pair, added, element, act, whole=False)
+                with k.either(N >= (pair + 1) * PAIR) as branches:
+                    for branch, whole in zip(branches, (True, False), strict=True):
+                        with branch:
+                            columns = [pair * PAIR + b * TILE for b in (0, 1)]
+                            factors = [_columns(k, scales, F32, n, N, whole=whole) for n in columns]
+                            more = [_columns(k, bias, bias_element, n, N, whole=whole) for n in columns]
+                            _finish(k, place, top, rows, pair, [*factors, *more], element, act, whole=whole)
     if of == "amx":
         k.call("llvm.x86.tilerelease", VOID)
     k.done()
+
+
+def _columns(k: Kernel, of: Value, element: ir.Type | None, first: Value, N: Value, *, whole: bool) -> Value:
+    """Sixteen numbers of N as float32, 0 behind the last; of None all are 0."""
+    if element is None:
+        return k.fill(_F32x16, 0)
+    size = size_of(element)
+    bits, at = vector(I32 if size == 4 else I16, TILE), k.at(of, first * size)
+    if whole:
+        return as_float(k.load(at, bits), element)
+    return as_float(k.load_first(at, bits, (first < N).choose(N - first, k.int(0))), element)
 
 
 def _finish(

@@ -81,9 +81,9 @@ class TestAgainstTorch:
     """torch counts what is really multiplied, so what a method saves is really not computed."""
 
     @pytest.fixture(autouse=True)
-    def by_torch(self, monkeypatch):
+    def by_torch(self, limit_cpu):
         """What machine code multiplies, torch does not see."""
-        monkeypatch.setenv("SPARSEVILA_CPU", "torch")
+        limit_cpu("torch")
 
     @pytest.mark.parametrize(
         "sparsity",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -41,10 +41,10 @@ Packed = tuple[Tensor, Tensor, Tensor, W4A16Layout]
 
 
 @pytest.fixture(params=["torch", *compiled.LEVELS])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def level(request: pytest.FixtureRequest, limit_cpu: Callable[[str], None]) -> str:
     """What may be used of the processor; "torch" packs rows."""
     wanted: str = request.param
-    monkeypatch.setenv("SPARSEVILA_CPU", wanted)
+    limit_cpu(wanted)
     if compiled.level() != wanted.replace("torch", ""):
         pytest.skip(f"this machine has the level {compiled.level() or 'torch'!r} at most")
     return wanted
@@ -132,8 +132,8 @@ def test_what_was_packed_comes_back(N: int, K: int, g: int, level: str) -> None:
     assert qweight.nbytes == (-(-N // 32) * 32 * -(-K // 128) * 64 if by_vectors else N * -(-K // 2))
 
 
-def test_the_packed_words_are_as_they_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEVILA_CPU", "any")
+def test_the_packed_words_are_as_they_are_described(limit_cpu: Callable[[str], None]) -> None:
+    limit_cpu("any")
     if not compiled.level():
         pytest.skip("llvmlite is missing")
     codes = torch.arange(128)[None] // 32 + 4 * (torch.arange(2)[:, None])  # step j holds j; the second row 4 + j
@@ -508,7 +508,7 @@ class TestRefused:
             with pytest.raises(ValueError, match=said):
                 w4a16(*arguments)
 
-    def test_a_level_of_another_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SPARSEVILA_CPU", "avx2")
+    def test_a_level_of_another_name(self, limit_cpu: Callable[[str], None]) -> None:
+        limit_cpu("avx2")
         with pytest.raises(ValueError, match="expected SPARSEVILA_CPU torch, any, avx512, amx or nothing, got 'avx2'"):
             packed(*matrix(80, 96, 32), 32)

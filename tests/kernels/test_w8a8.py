@@ -42,7 +42,7 @@ def error(got, want) -> float:
 
 def by_onednn(codes: torch.Tensor) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSEVILA_CPU", "torch")
+        patch.setattr(module, "cpu_level", lambda: "")
         return pack_w8a8(codes)
 
 
@@ -58,11 +58,11 @@ def by_level(level: str):
 
 
 @pytest.fixture(autouse=True)
-def level(request, monkeypatch):
+def level(request, limit_cpu):
     """Of a test with such a `pack`: the environment is set for both calls."""
     pack = request.node.callspec.params.get("pack") if hasattr(request.node, "callspec") else None
     if getattr(pack, "__name__", "") in MACHINE:
-        monkeypatch.setenv("SPARSEVILA_CPU", pack.__name__)
+        limit_cpu(pack.__name__)
         if cpu_level() != pack.__name__:
             pytest.skip(f"the processor has no {pack.__name__}")
         if os.environ.get("TRITON_INTERPRET") == "1":

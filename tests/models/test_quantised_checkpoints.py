@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -258,7 +259,7 @@ def test_the_estimate_before_loading_knows_packed_weights(llava: Path) -> None:
     Engine.load(llava, device="cpu", dtype="float32", max_memory=(512 << 20) + 2 * weight_bytes + (64 << 10)).close()
 
 
-def test_four_bit_layers_that_multiply_in_eight(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bit_layers_that_multiply_in_eight(llava: Path, limit_cpu: Callable[[str], None]) -> None:
     """Close to the same model with float activations, but not it; the estimate before loading counts wider weights."""
     question, params = "What is it?", SamplingParams(max_new_tokens=1)
     found: list[torch.Tensor] = []
@@ -273,7 +274,7 @@ def test_four_bit_layers_that_multiply_in_eight(llava: Path, monkeypatch: pytest
             assert engine.session().ask(question, params=params).token_ids
     error = float((found[1] - found[0]).norm() / found[0].norm())
     assert 1e-4 < error < 0.05
-    monkeypatch.setenv("SPARSEVILA_CPU", "torch")  # packed without padding, which outweighs layers that small
+    limit_cpu("torch")  # packed without padding, which outweighs layers that small
     for w4a8 in (False, True):
         with Engine.load(llava, device="cpu", dtype="float32", w4a8=w4a8) as engine:
             sizes.append(engine.info.weight_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 
@@ -12,10 +13,10 @@ collect_ignore_glob = [] if importlib.util.find_spec("llvmlite") else ["test_*.p
 
 
 @pytest.fixture(params=compiled.LEVELS)
-def of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def of(request: pytest.FixtureRequest, limit_cpu: Callable[[str], None]) -> str:
     """A level to compile for."""
     wanted: str = request.param
-    monkeypatch.setenv("SPARSEVILA_CPU", wanted)
+    limit_cpu(wanted)
     if compiled.level() != wanted:
         pytest.skip(f"this machine has the level {compiled.level()!r} at most")
     return wanted

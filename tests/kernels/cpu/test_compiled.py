@@ -88,12 +88,12 @@ class TestLevel:
 
     def test_code_keeps_to_its_level(self, of: str) -> None:
         """Registers of AVX-512 and of AMX stand only where the level has them."""
-        text = int4_linear._weights_kernel(of != "any", 1, of).assembly()
+        text = int4_linear._weights_kernel(of != "any", (1, torch.float16), of).assembly()
         if platform.machine() in ("x86_64", "AMD64"):
             assert ("zmm" in text) == (of != "any")
             assert "ymm" in text or of != "any"
         if of == "amx":
-            assert "tmm" in int4_linear._panel_kernel(1, torch.bfloat16).assembly()
+            assert "tmm" in int4_linear._panel_kernel((1, torch.float16), torch.bfloat16).assembly()
 
 
 def _adds_one(k: Kernel) -> None:
@@ -155,7 +155,7 @@ def test_the_runtime_of_threads_is_torchs() -> None:
 
 def test_layers_of_several_callers_at_once(of: str) -> None:
     """Each caller has scratch memory of its own; the first calls compile the same kernel at the same time."""
-    for kernel in (int4_linear._few_kernel, int4_linear._panel_kernel, int4_linear._tile_rows_kernel):
+    for kernel in (int4_linear._dot_kernel, int4_linear._panel_kernel, int4_linear._tile_rows_kernel):
         kernel.cache_clear()
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (70, 128), generator=rng, dtype=torch.uint8)
@@ -237,11 +237,14 @@ TARGETS = [
     ("x86_64-unknown-linux-gnu", "+avx2,+fma,+f16c"),
 ]  # fmt: skip
 PORTABLE: dict[str, Callable[[Kernel], None]] = {
-    **{f"few rows, {rows}": lambda k, rows=rows: int4_linear._write_few(k, rows, False, 1, F32) for rows in (1, 4)},
-    "few rows, bfloat16": lambda k: int4_linear._write_few(k, 3, False, 4, BF16),
-    "few rows, float16": lambda k: int4_linear._write_few(k, 1, False, 2, F16),
-    "weights": lambda k: int4_linear._write_weights(k, False, 1),
-    "weights, small groups": lambda k: int4_linear._write_weights(k, False, 4),
+    **{
+        f"few rows, {rows}": lambda k, rows=rows: int4_linear._write_few(k, rows, False, (1, torch.float32), F32)
+        for rows in (1, 4)
+    },
+    "few rows, bfloat16": lambda k: int4_linear._write_few(k, 3, False, (4, torch.bfloat16), BF16),
+    "few rows, float16": lambda k: int4_linear._write_few(k, 1, False, (2, torch.float16), F16),
+    "weights": lambda k: int4_linear._write_weights(k, False, (1, torch.float16)),
+    "weights, small groups": lambda k: int4_linear._write_weights(k, False, (4, torch.float32)),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ SHAPES = [(4, 4, 128, 300, 21), (7, 1, 64, 5, 1), (8, 2, 96, 0, 33), (6, 3, 32, 
 
 
 @pytest.fixture(params=compiled.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SPARSEVILA_CPU", request.param)
+def level(request: pytest.FixtureRequest, limit_cpu: Callable[[str], None]) -> str:
+    limit_cpu(request.param)
     if compiled.level() != request.param:
         pytest.skip(f"the processor has no {request.param}")
     return str(request.param)
