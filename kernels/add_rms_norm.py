@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .backend import runs_triton
+from .backend import machine_code, runs_triton
 from .rms_norm import rms_norm, rms_norm_ref
 
 
@@ -27,6 +27,10 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
         from .gpu.rms_norm import rms_norm as by_kernel
 
         return by_kernel(x.contiguous(), weight, eps, added.contiguous())
+    if level := machine_code(x, added, weight):
+        from .cpu.rms_norm import rms_norm as by_row
+
+        return by_row(x.contiguous(), weight.contiguous(), eps, added.contiguous(), level)
     total = x + added
     return total, rms_norm(total, weight, eps)
 

@@ -14,6 +14,7 @@ import os
 import torch
 from torch import Tensor
 
+_MACHINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -30,3 +31,12 @@ def cpu_level() -> str:
     from .cpu.compiled import level
 
     return level()
+
+
+def machine_code(*tensors: Tensor) -> str:
+    """`cpu_level` for an op on these, or "": they are elsewhere, of different or other dtypes, or want gradients."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype != dtype or tensor.requires_grad:
+            return ""
+    return cpu_level() if dtype in _MACHINE_DTYPES else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_triton
+from .backend import machine_code, runs_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,6 +25,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from .gpu.rms_norm import rms_norm as by_kernel
 
         return by_kernel(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)[1].reshape(x.shape)
+    if level := machine_code(x, weight):
+        from .cpu.rms_norm import rms_norm as by_row
+
+        return by_row(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps, None, level)[1].reshape(
+            x.shape
+        )
     # The order of the two casts is that of Llama: round the normalised value, then scale.
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_triton
+from .backend import machine_code, runs_triton
 from .rope import rope, rope_ref
 
 
@@ -34,6 +34,12 @@ def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store:
         from .gpu.rope_append import rope_append as by_kernel
 
         return by_kernel(qkv.contiguous(), cos, sin, k_store, v_store, end)
+    if cos.shape == sin.shape == (M, D // 2) and (level := machine_code(qkv, cos, sin, k_store, v_store)):
+        from .cpu import rope_append as machine
+
+        if machine.takes(k_store, v_store):
+            angles = (cos.contiguous(), sin.contiguous())
+            return machine.rope_append(qkv.contiguous(), *angles, k_store, v_store, int(end), level)
     by_head = qkv.transpose(0, 1)  # (H + 2 H_kv, M, D)
     turned = rope(by_head[: H + H_kv], cos, sin)
     rows = end - 1 if M == 1 else end - M + torch.arange(M, device=end.device)

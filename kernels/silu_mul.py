@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import runs_triton
+from .backend import machine_code, runs_triton
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -25,6 +25,10 @@ def silu_mul(x: Tensor) -> Tensor:
         from .gpu.silu_mul import silu_mul as by_kernel
 
         return by_kernel(x.reshape(-1, x.shape[-1]).contiguous()).reshape(*x.shape[:-1], -1)
+    if level := machine_code(x):
+        from .cpu.silu_mul import silu_mul as by_row
+
+        return by_row(x.reshape(-1, x.shape[-1]).contiguous(), level).reshape(*x.shape[:-1], x.shape[-1] // 2)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 

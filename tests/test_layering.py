@@ -20,6 +20,9 @@ HOMES = {  # heavy or optional packages, and the only files that may import them
         "kernels.cpu.emit",
         "kernels.cpu.int4_linear",
         "kernels.cpu.int8_linear",
+        "kernels.cpu.rms_norm",
+        "kernels.cpu.rope_append",
+        "kernels.cpu.silu_mul",
     },
     "av": {"engine.video", "engine.doctor"},  # the second lists codecs only
     "PIL": {

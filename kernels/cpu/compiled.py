@@ -34,6 +34,7 @@ _NEEDS = {
 }
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18  # Linux: a process must ask for the tile registers
 _LINE = 64  # bytes
+_FEW_NUMBERS = 1 << 15  # some microseconds of work, as many as it takes to wake a thread
 _KEPT_BYTES = 1 << 24  # of scratch memory, per thread that calls
 
 
@@ -146,6 +147,11 @@ def _on_torchs_threads() -> Any | None:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "sparsevila")
+
+
+def threads_for(numbers: int) -> int:
+    """How many threads a pass over so many numbers is worth."""
+    return torch.get_num_threads() if numbers > _FEW_NUMBERS else 1
 
 
 class Scratch(threading.local):

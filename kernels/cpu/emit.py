@@ -412,6 +412,40 @@ def as_float(bits: Value, element: ir.Type) -> Value:
     return bits.bits(vector(element, length) if length else element).to(F32)
 
 
+def to_bits(values: Value, element: ir.Type, of: str) -> Value:
+    """Float32, rounded to nearest even, as bits of the other type; `of` a level of `compiled.LEVELS`."""
+    if element == BF16 and of == "any":
+        return values.bf16_bits()
+    return values.to(element).bits(vector(I32 if size_of(element) == 4 else I16, values.type.count))
+
+
+def load_floats(k: Kernel, pointer: Value, element: ir.Type, first: Value | int, left: Value | None) -> Value:
+    """Sixteen numbers from that index on, as float32; of these only so many where `left` is given, then 0."""
+    size = size_of(element)
+    at, bits = k.at(pointer, first * size), vector(I32 if size == 4 else I16, 16)
+    return as_float(k.load(at, bits) if left is None else k.load_first(at, bits, left), element)
+
+
+def store_bits(k: Kernel, bits: Value, pointer: Value, first: Value | int, left: Value | None) -> None:
+    """Sixteen numbers of `to_bits` from that index on, or only so many."""
+    at = k.at(pointer, first * (bits.element.width // 8))
+    if left is None:
+        k.store(bits, at)
+    else:
+        k.store_first(bits, at, left)
+
+
+def over_row(k: Kernel, length: Value, write: Callable[[Value, Value | None, int], None]) -> None:
+    """Writes the loops over a row: `write(first, left, turn)` for sixteen numbers from `first` on, all of them where
+    `left` is None. Turns are those of a step, 0 to 3, so that sums need not wait for each other."""
+    whole = length - length % 64
+    with k.loop(0, whole, 64) as first:
+        for turn in range(4):
+            write(first + 16 * turn, None, turn)
+    with k.loop(whole, length, 16) as first:
+        write(first, length - first, 0)
+
+
 def write_outputs(
     k: Kernel, values: Value, out: Value, row: Value, length: Value, first: Value, element: ir.Type
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from llvmlite import binding, ir
 
-from sparsevila.kernels.cpu import compiled, int4_linear
+from sparsevila.kernels.cpu import compiled, int4_linear, rms_norm, rope_append, silu_mul
 from sparsevila.kernels.cpu.compiled import Compiled, Scratch, level
 from sparsevila.kernels.cpu.emit import BF16, F16, F32, I64, Kernel
 from sparsevila.kernels.w4a16 import pack_w4a16, w4a16, w4a16_ref
@@ -245,7 +245,12 @@ PORTABLE: dict[str, Callable[[Kernel], None]] = {
     "few rows, float16": lambda k: int4_linear._write_few(k, 1, False, (2, torch.float16), F16),
     "weights": lambda k: int4_linear._write_weights(k, False, (1, torch.float16)),
     "weights, small groups": lambda k: int4_linear._write_weights(k, False, (4, torch.float32)),
+    "norm, bfloat16": lambda k: rms_norm._write(k, BF16, 1e-5, True, "any"),
+    "norm, float16": lambda k: rms_norm._write(k, F16, 1e-5, False, "any"),
+    "gate, bfloat16": lambda k: silu_mul._write(k, BF16, "any"),
+    "gate, float32": lambda k: silu_mul._write(k, F32, "any"),
 }
+PRODUCTS_ALONE = {f"rotation, {of}": lambda k, of=of: rope_append._write(k, 80, of, "any") for of in (BF16, F16, F32)}
 
 
 def translated(write: Callable[[Kernel], None], triple: str, features: str) -> str:
@@ -269,11 +274,11 @@ def calls(assembly: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("triple", "features"), TARGETS)
-@pytest.mark.parametrize("name", PORTABLE)
+@pytest.mark.parametrize("name", [*PORTABLE, *PRODUCTS_ALONE])
 def test_portable_kernels_translate_for_other_processors(name: str, triple: str, features: str) -> None:
     """Into instructions alone: no function is called, which might not be there. What comes out is never executed."""
-    text = translated(PORTABLE[name], triple, features)
-    assert "fmla" in text or "vfmadd" in text
+    text = translated((PORTABLE | PRODUCTS_ALONE)[name], triple, features)
+    assert name in PRODUCTS_ALONE or "fmla" in text or "vfmadd" in text
     assert calls(text) == []
 
 
