@@ -9,8 +9,9 @@ outputs, K inputs.
 16 times four neighbouring inputs of each of the 16 outputs, as the tile registers want their second operand.
 
 Rows are quantised into tiles of 16 x 64, in two passes over each row, of which the second finds it in the L1 cache.
-Sums of 32 rows and 32 outputs stay in four tile registers over all inputs, or of 8 rows in 16 vectors; they are scaled
-and rounded from the L1 cache.
+Sums of 32 rows and 32 outputs stay in four tile registers over 512 inputs, while those of the next 32 outputs wait in
+the L1 cache beside the rows: these come from the L2 cache once for both. Without tile registers sums of 8 rows stay in
+16 vectors over all inputs. They are scaled and rounded from the L1 cache.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ _FEW_ROWS, _FEW_BYTES = 128, 1 << 18  # few rows pass soon, and the next weights
 _LARGEST = 127.0
 _TINY = 2.0**-100  # a scale near the smallest numbers
 _DOT_ROWS = 8
+_PLACE = 4 * _TILE_BYTES  # of sums: two tiles of rows, two of outputs
+_TOGETHER, _CHUNK = 2, 8  # pairs of tiles, and steps, for which 16 KB of rows stay in the L1 cache
 
 _F32x16 = vector(F32, 16)
 
@@ -94,7 +97,7 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in ELEMENTS else bias.float()
     code_bytes, scale_bytes = (row_tiles + row_tiles % 2) * steps * _TILE_BYTES, (row_tiles + 1) * _VECTOR
-    at, memory = _scratch.take(code_bytes + scale_bytes + 4 * _TILE_BYTES * min(threads, units))
+    at, memory = _scratch.take(code_bytes + scale_bytes + _TOGETHER * _PLACE * min(threads, units))
     scales_at = at + code_bytes
     _quantise_kernel(x.dtype, of)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
     _product_kernel(x.dtype, None if bias is None else bias.dtype, of, act)(
@@ -187,26 +190,31 @@ def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of
     panel; a thread's memory."""
     xs, words, scales, bias = (k.address(i) for i in (3, 5, 6, 7))
     M, N, steps, pairs, panel = (k.argument(i) for i in range(9, 14))
-    place = k.at(k.address(14), k.thread() * (4 * _TILE_BYTES))
+    place = k.at(k.address(14), k.thread() * (_TOGETHER * _PLACE))
     row_block = PAIR if of == "amx" else _DOT_ROWS
     if of == "amx":
         k.configure_tiles()
     with k.units() as unit:
         first = unit * panel
-        with k.loop(0, (M + (row_block - 1)) // row_block) as block:
-            with k.loop(first, k.smaller(first + panel, pairs)) as pair:
-                top = block * row_block
-                w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
-                if of == "amx":
-                    x = [k.at(xs, (block * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
+        last = k.smaller(first + panel, pairs)
+        with k.loop(0, (M + (row_block - 1)) // row_block) as block, k.loop(first, last, _TOGETHER) as begin:
+            top, end = block * row_block, k.smaller(begin + _TOGETHER, last)
+            if of == "amx":
+                x = [k.at(xs, (block * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
+                with k.loop(0, steps, _CHUNK) as start, k.loop(begin, end) as pair:
+                    w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
+                    sums, stop = k.at(place, (pair - begin) * _PLACE), k.smaller(start + _CHUNK, steps)
                     with k.either(M - top >= TILE + 1) as (two, one):
                         with two:
-                            _multiply_tiles(k, x, w, steps, place)
+                            _multiply_tiles(k, x, w, start, stop, sums)
                         with one:
-                            _multiply_tiles(k, x[:1], w, steps, place)
-                else:
+                            _multiply_tiles(k, x[:1], w, start, stop, sums)
+            with k.loop(begin, end) as pair:
+                sums = k.at(place, (pair - begin) * _PLACE)
+                if of != "amx":
                     x_row = k.at(xs, top // TILE * steps * _TILE_BYTES + top % TILE * _VECTOR)
-                    _multiply_dots(k, x_row, w, steps, place)
+                    w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
+                    _multiply_dots(k, x_row, w, steps, sums)
                 rows = k.smaller(k.int(row_block), M - top)
                 with k.either(N >= (pair + 1) * PAIR) as branches:
                     for branch, whole in zip(branches, (True, False), strict=True):
@@ -214,7 +222,7 @@ def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of
                             columns = [pair * PAIR + b * TILE for b in (0, 1)]
                             factors = [_columns(k, scales, F32, n, N, whole=whole) for n in columns]
                             more = [_columns(k, bias, bias_element, n, N, whole=whole) for n in columns]
-                            _finish(k, place, top, rows, pair, [*factors, *more], element, act, whole=whole)
+                            _finish(k, sums, top, rows, pair, [*factors, *more], element, act, whole=whole)
     if of == "amx":
         k.call("llvm.x86.tilerelease", VOID)
     k.done()
@@ -266,11 +274,17 @@ def _activated(k: Kernel, x: Value, act: str) -> Value:
     return x * k.sigmoid(x * {"quick_gelu": 1.702, "silu": 1.0}[act])
 
 
-def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], steps: Value, place: Value) -> None:
-    """One or two tiles of rows x two of outputs, over all inputs."""
-    for number in range(2 * len(x)):
-        k.tile("zero", number)
-    with k.loop(0, steps) as step:
+def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], start: Value, stop: Value, place: Value) -> None:
+    """One or two tiles of rows x two of outputs, over some steps of the inputs; sums go on from those before."""
+    numbers = range(2 * len(x))
+    with k.either(start.equals(0)) as (first, later):
+        with first:
+            for number in numbers:
+                k.tile("zero", number)
+        with later:
+            for number in numbers:
+                k.tile("loadd64", number, k.at(place, number * _TILE_BYTES), _VECTOR)
+    with k.loop(start, stop) as step:
         at = step * _TILE_BYTES
         for line in range(0, _TILE_BYTES, _VECTOR) if len(x) == 1 else ():
             for one in w:
@@ -281,7 +295,7 @@ def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], steps: Value, pla
                 if a == 0:
                     k.tile("loadd64", 6 + b, k.at(outputs, at), _VECTOR)
                 k.tile_product("dpbssd", 2 * a + b, 4 + a, 6 + b)
-    for number in range(2 * len(x)):
+    for number in numbers:
         k.tile("stored64", number, k.at(place, number * _TILE_BYTES), _VECTOR)
 
 

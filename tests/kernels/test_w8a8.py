@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from guarded_memory import at_the_end
 
 from sparsevila.kernels import w8a8 as module
 from sparsevila.kernels.activation import ACTIVATIONS, activation, activation_ref
@@ -250,7 +251,7 @@ class TestMachineCode:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("M", [1, 15, 16, 17, 31, 32, 33, 47, 64, 130])
-    @pytest.mark.parametrize(("N", "K"), [(13, 33), (16, 64), (33, 127), (64, 128), (100, 200)])
+    @pytest.mark.parametrize(("N", "K"), [(13, 33), (16, 64), (33, 127), (64, 128), (100, 200), (100, 1100)])
     def test_every_edge(self, M, N, K, dtype, pack, monkeypatch):
         x, (codes, scales) = inputs(M, K, dtype), weights(N, K)
         packed = pack(codes)
@@ -271,6 +272,16 @@ class TestMachineCode:
         x[2:4] = inputs(2, 70)
         want = w8a8_ref(x[2:4], codes, scales)
         assert error(w8a8(x[2:4], pack(codes), scales), want) < TOLERANCE[torch.float32]
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+    @pytest.mark.parametrize("N", [1, 20, 32, 75])
+    def test_biases_of_any_float(self, N, dtype, pack):
+        x, (codes, scales) = inputs(5, 70), weights(N, 70)
+        bias = torch.linspace(-3, 3, N).to(dtype)
+        want = w8a8(x, pack(codes), scales) + bias.float()
+        # Neither it nor the scales have room behind their last number.
+        got = w8a8(x, pack(codes), at_the_end(scales), at_the_end(bias))
+        assert error(got, want.double()) < 1e-6
 
     def test_inputs_elsewhere_are_refused(self, pack):
         codes, scales = weights(20, 70)
