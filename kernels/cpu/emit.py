@@ -265,9 +265,10 @@ class Kernel:
     def store(self, value: Value, pointer: Value, offset: Value | _Int = 0) -> None:
         self.builder.store(value.of, self.at(pointer, offset).of, align=1)
 
-    def prefetch(self, pointer: Value, offset: Value | _Int = 0) -> None:
+    def prefetch(self, pointer: Value, offset: Value | _Int = 0, level: _Int = 1) -> None:
+        """Asks for a line; it need not be there. Into the cache of that level."""
         where = self.at(pointer, offset)
-        self.call("llvm.prefetch", VOID, where, self.fill(I32, 0), self.fill(I32, 3), self.fill(I32, 1))
+        self.call("llvm.prefetch", VOID, where, self.fill(I32, 0), self.fill(I32, 4 - level), self.fill(I32, 1))
 
     def load_first(self, pointer: Value, of: ir.VectorType, count: Value) -> Value:
         """The first so many lanes; the others are 0 and their memory is not touched."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from llvmlite import ir
@@ -138,6 +139,7 @@ def _write_quantise(k: Kernel, element: ir.Type, of: str) -> None:
         source = k.at(given, row * K * size)
         most = k.variable(k.fill(vector(integer, lanes), 0))
         with k.loop(0, whole, lanes) as at:
+            k.prefetch(source, at * size + _PREFETCHED)
             most.set(k.larger(most.get(), k.load(source, vector(integer, lanes), at * size) & magnitude))
         with k.when(whole < K):
             rest = k.load_first(k.at(source, whole * size), vector(integer, lanes), K - whole)
@@ -206,7 +208,14 @@ def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of
                     sums, stop = k.at(place, (pair - begin) * _PLACE), k.smaller(start + _CHUNK, steps)
                     with k.either(M - top >= TILE + 1) as (two, one):
                         with two:
-                            _multiply_tiles(k, x, w, start, stop, sums)
+                            # The next rows come from memory. Four pairs ask for a quarter of their lines each.
+                            behind = steps * (2 * _TILE_BYTES) + (pair - first) * (_TILE_BYTES // 4)
+                            soon = [k.at(rows, behind) for rows in x]
+                            with k.either(pair - first < 4) as (early, late):
+                                with early:
+                                    _multiply_tiles(k, x, w, start, stop, sums, soon)
+                                with late:
+                                    _multiply_tiles(k, x, w, start, stop, sums)
                         with one:
                             _multiply_tiles(k, x[:1], w, start, stop, sums)
             with k.loop(begin, end) as pair:
@@ -274,8 +283,11 @@ def _activated(k: Kernel, x: Value, act: str) -> Value:
     return x * k.sigmoid(x * {"quick_gelu": 1.702, "silu": 1.0}[act])
 
 
-def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], start: Value, stop: Value, place: Value) -> None:
-    """One or two tiles of rows x two of outputs, over some steps of the inputs; sums go on from those before."""
+def _multiply_tiles(
+    k: Kernel, x: list[Value], w: list[Value], start: Value, stop: Value, place: Value, soon: Sequence[Value] = ()
+) -> None:
+    """One or two tiles of rows x two of outputs, over some steps of the inputs; sums go on from those before. A quarter
+    of the same steps is fetched from `soon`."""
     numbers = range(2 * len(x))
     with k.either(start.equals(0)) as (first, later):
         with first:
@@ -289,6 +301,9 @@ def _multiply_tiles(k: Kernel, x: list[Value], w: list[Value], start: Value, sto
         for line in range(0, _TILE_BYTES, _VECTOR) if len(x) == 1 else ():
             for one in w:
                 k.prefetch(one, at + (line + _PREFETCHED))
+        for one in soon:
+            for line in range(0, _TILE_BYTES // 4, _VECTOR):
+                k.prefetch(one, at + line, level=2)
         for a, rows in enumerate(x):
             k.tile("loadd64", 4 + a, k.at(rows, at), _VECTOR)
             for b, outputs in enumerate(w):
