@@ -10,8 +10,9 @@ outputs, K inputs.
 
 Rows are quantised into tiles of 16 x 64, in two passes over each row, of which the second finds it in the L1 cache.
 Sums of 32 rows and 32 outputs stay in four tile registers over 512 inputs, while those of the next 32 outputs wait in
-the L1 cache beside the rows: these come from the L2 cache once for both. Without tile registers sums of 8 rows stay in
-16 vectors over all inputs. They are scaled and rounded from the L1 cache.
+the L1 cache beside the rows: these come from the L2 cache once for both. Of more than 4,096 inputs one section passes
+after the other, so that a panel of weights in the L2 cache is wide enough for rows that come from memory. Without tile
+registers sums of 8 rows stay in 16 vectors over all inputs. They are scaled and rounded from the L1 cache.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .emit import (
     I8,
     I16,
     I32,
+    I64,
     VOID,
     Kernel,
     Value,
@@ -49,6 +51,7 @@ _TILE_BYTES = 1024  # of 16 x 64 codes, or of 16 x 16 sums
 _VECTOR = 64  # bytes
 _PREFETCHED = 4096  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_BYTES = 1 << 20  # of weights, which stay in the L2 cache while all rows pass
+_SECTION = 64  # steps at a time, of which eight pairs of tiles fit into a panel
 _FEW_ROWS, _FEW_BYTES = 128, 1 << 18  # few rows pass soon, and the next weights may come
 _LARGEST = 127.0
 _TINY = 2.0**-100  # a scale near the smallest numbers
@@ -91,19 +94,22 @@ def int8_linear(x: Tensor, tiles: Tensor, scales: Tensor, bias: Tensor | None, o
     if M == 0:
         return out
     threads, row_tiles, pairs = torch.get_num_threads(), -(-M // TILE), count // 2
+    # Of long inputs only a section at a time, so that panels of weights stay wide; sums wait until all have passed.
+    section = -(-steps // -(-steps // _SECTION)) if row_tiles > 2 and of == "amx" else steps
     panel_bytes = 0 if row_tiles <= 2 else _FEW_BYTES if M <= _FEW_ROWS else _PANEL_BYTES
-    most = max(1, panel_bytes // (PAIR * STEP * steps))
+    most = max(1, panel_bytes // (PAIR * STEP * section))
     panel = max(1, min(most, pairs // threads))
     units = -(-pairs // panel)
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in ELEMENTS else bias.float()
     code_bytes, scale_bytes = (row_tiles + row_tiles % 2) * steps * _TILE_BYTES, (row_tiles + 1) * _VECTOR
-    at, memory = _scratch.take(code_bytes + scale_bytes + _TOGETHER * _PLACE * min(threads, units))
+    each = (_TOGETHER if section == steps else -(-row_tiles // 2) * panel) * _PLACE
+    at, memory = _scratch.take(code_bytes + scale_bytes + each * min(threads, units))
     scales_at = at + code_bytes
     _quantise_kernel(x.dtype, of)(row_tiles, threads, x.data_ptr(), at, scales_at, M, K, steps)
     _product_kernel(x.dtype, None if bias is None else bias.dtype, of, act)(
         units, threads, at, scales_at, tiles.data_ptr(), scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes,
+        out.data_ptr(), M, N, steps, pairs, panel, scales_at + scale_bytes, each, section,
     )  # fmt: skip
     del memory
     return out
@@ -189,23 +195,28 @@ def _codes(k: Kernel, x: Value, scale: Value, is_tiny: bool) -> Value:
 
 def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of: str, act: str) -> None:
     """Arguments: codes in tiles, their scales, weights, scales, bias, out; M, N, steps, pairs of tiles, of these in a
-    panel; a thread's memory."""
+    panel; a thread's memory, its bytes; steps in a section."""
     xs, words, scales, bias = (k.address(i) for i in (3, 5, 6, 7))
     M, N, steps, pairs, panel = (k.argument(i) for i in range(9, 14))
-    place = k.at(k.address(14), k.thread() * (_TOGETHER * _PLACE))
+    place = k.at(k.address(14), k.thread() * k.argument(15))
+    section = k.argument(16)
+    apart = (section < steps).to(I64)  # see `int8_linear`
     row_block = PAIR if of == "amx" else _DOT_ROWS
     if of == "amx":
         k.configure_tiles()
-    with k.units() as unit:
+    with k.units() as unit, k.loop(0, (steps + section - 1) // section) as number:
         first = unit * panel
         last = k.smaller(first + panel, pairs)
+        top_step = number * section
+        end_step = k.smaller(top_step + section, steps)
         with k.loop(0, (M + (row_block - 1)) // row_block) as block, k.loop(first, last, _TOGETHER) as begin:
             top, end = block * row_block, k.smaller(begin + _TOGETHER, last)
+            sums_of_begin = k.at(place, (block * panel + (begin - first)) * apart * _PLACE)
             if of == "amx":
                 x = [k.at(xs, (block * 2 + a) * steps * _TILE_BYTES) for a in (0, 1)]
-                with k.loop(0, steps, _CHUNK) as start, k.loop(begin, end) as pair:
+                with k.loop(top_step, end_step, _CHUNK) as start, k.loop(begin, end) as pair:
                     w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]
-                    sums, stop = k.at(place, (pair - begin) * _PLACE), k.smaller(start + _CHUNK, steps)
+                    sums, stop = k.at(sums_of_begin, (pair - begin) * _PLACE), k.smaller(start + _CHUNK, end_step)
                     with k.either(M - top >= TILE + 1) as (two, one):
                         with two:
                             # The next rows come from memory. Four pairs ask for a quarter of their lines each.
@@ -218,8 +229,8 @@ def _write_product(k: Kernel, element: ir.Type, bias_element: ir.Type | None, of
                                     _multiply_tiles(k, x, w, start, stop, sums)
                         with one:
                             _multiply_tiles(k, x[:1], w, start, stop, sums)
-            with k.loop(begin, end) as pair:
-                sums = k.at(place, (pair - begin) * _PLACE)
+            with k.when(end_step >= steps), k.loop(begin, end) as pair:
+                sums = k.at(sums_of_begin, (pair - begin) * _PLACE)
                 if of != "amx":
                     x_row = k.at(xs, top // TILE * steps * _TILE_BYTES + top % TILE * _VECTOR)
                     w = [k.at(words, (pair * 2 + b) * steps * _TILE_BYTES) for b in (0, 1)]

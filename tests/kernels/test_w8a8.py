@@ -265,6 +265,16 @@ class TestMachineCode:
         want = (rows.double() @ codes.double().t()) * row_scales.double()[:, None] * scales.double()
         assert float(((got.double() - want).abs() / want.abs().amax(-1, keepdim=True)).max()) < TOLERANCE[dtype]
 
+    @pytest.mark.parametrize("panel", [1, 3, 100])
+    @pytest.mark.parametrize("M", [32, 33, 64, 130])
+    def test_sections_of_long_inputs_change_no_bit(self, M, panel, pack, monkeypatch):
+        x, (codes, scales) = inputs(M, 1100, torch.bfloat16), weights(200, 1100)
+        packed = pack(codes)
+        want = w8a8(x, packed, scales)
+        monkeypatch.setattr(int8_linear, "_SECTION", 5)
+        monkeypatch.setattr(int8_linear, "_PANEL_BYTES", panel * 32 * 64 * 5)
+        assert torch.equal(w8a8(x, packed, scales), want)
+
     def test_neighbours_are_neither_read_nor_written(self, pack):
         """Rows between numbers that would show in every product, and a result between kept ones."""
         codes, scales = weights(20, 70)
