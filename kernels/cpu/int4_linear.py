@@ -68,6 +68,8 @@ _DIGIT_BITS = 20  # that they hold: 128 products with codes up to 15 fill an int
 _RECORD_BYTES = (2 * _DIGITS + 1) * _VECTOR  # of a block of a row: its digits, and behind them its unit and its sum
 _UNIT, _SUM = 2 * _DIGITS * _VECTOR, 2 * _DIGITS * _VECTOR + 4
 
+_STREAMS = 8  # tiles in a unit of few rows; fewer where threads are many
+
 _PREFETCHED = 2048  # bytes ahead: the processor's own prefetching stops at every page
 _PANEL_ENTRIES = 1 << 21  # weights that torch's product takes at a time
 _MOST_FUSED_ROWS = 64
@@ -185,12 +187,15 @@ def _few(x: Tensor, weight: _Weight, bias: Tensor, out: Tensor, of: str) -> None
 def _by_dots(x: Tensor, rows: int, weight: _Weight, bias: Tensor | None, out: Tensor, of: str) -> None:
     words, scales, zeros, group_size = weight
     tiles, blocks = words.shape[:2]
-    threads, each = torch.get_num_threads(), rows * blocks * _RECORD_BYTES
+    threads = torch.get_num_threads()
+    streams = max(1, min(_STREAMS, tiles // (4 * threads)))
+    sums = streams * rows * _VECTOR
+    each = sums + rows * blocks * _RECORD_BYTES
     memory = torch.empty(each * threads, dtype=torch.uint8)
     _dot_kernel(rows, bias is not None, scales.dtype, of)(
-        tiles // 2, threads, x.data_ptr(), words.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
+        -(-tiles // streams), threads, x.data_ptr(), words.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
         0 if bias is None else bias.data_ptr(), out.data_ptr(), out.shape[-1], blocks, group_size // BLOCK,
-        scales.shape[1], x.shape[-1], memory.data_ptr(), each,
+        scales.shape[1], x.shape[-1], memory.data_ptr(), each, sums, tiles, streams,
     )  # fmt: skip
 
 
@@ -406,34 +411,39 @@ def _write_few(k: Kernel, rows: int, short: bool, groups: _Groups, element: ir.T
 
 
 def _write_dots(k: Kernel, rows: int, biased: bool, scale_dtype: torch.dtype) -> None:
-    """Arguments: x, words, scales, zeros, bias, out; N, blocks, blocks of a group, groups, K; a thread's memory.
+    """Arguments: x, words, scales, zeros, bias, out; N, blocks, blocks of a group, groups, K; a thread's memory, its
+    bytes, those of its sums; tiles, of these in a unit.
 
-    Two tiles in turn are two streams through the memory: while one crosses into a new page, where the processor's
-    prefetching starts anew, the other one flows.
+    The tiles of a unit take turns, a block each: they are streams through the memory, and while one crosses into a new
+    page, where the processor's prefetching starts anew, the others flow.
     """
     given, codes = k.address(3), _Codes(k, 4, 10, (1, scale_dtype))
     bias, out, N, K = k.address(7), k.address(8), k.argument(9), k.argument(13)
-    records = k.at(k.address(14), k.thread() * k.argument(15))
+    found = k.at(k.address(14), k.thread() * k.argument(15))
+    records, tiles, streams = k.at(found, k.argument(16)), k.argument(17), k.argument(18)
     with k.loop(0, codes.blocks) as block:
         for r in range(rows):
             _write_record(k, k.at(given, K * (2 * r)), block, K, k.at(records, (block * rows + r) * _RECORD_BYTES))
-    with k.units() as pair:
-        found = [[k.variable(k.fill(_F32x16, 0)) for _ in range(rows)] for _ in range(2)]
-        with k.loop(0, codes.blocks) as block:
-            for t, totals in enumerate(found):
-                source, at = codes.vectors(pair * 2 + t, block), codes.group(pair * 2 + t, block)
-                codes.ask_for(source, TILE)
-                zeros = k.load(codes.zeros, vector(I8, TILE), at).to(I32)
-                scales = codes.scale(at, TILE)
-                for r in range(rows):
-                    record = k.at(records, (block * rows + r) * _RECORD_BYTES)
-                    sums = lane_sums(_dots(k, source, record)) - zeros * k.load(record, I32, _SUM).splat(TILE)
-                    unit = k.load(record, F32, _UNIT).splat(TILE)
-                    totals[r].set(k.fma(sums.signed_to_float() * unit, scales, totals[r].get()))
-        for t, totals in enumerate(found):
-            n = (pair * 2 + t) * TILE
+    with k.units() as unit:
+        first = unit * streams
+        here = k.smaller(streams, tiles - first)
+        with k.loop(0, here * rows) as i:
+            k.store(k.fill(_F32x16, 0), found, i * _VECTOR)
+        with k.loop(0, codes.blocks) as block, k.loop(0, here) as t:
+            source, at = codes.vectors(first + t, block), codes.group(first + t, block)
+            codes.ask_for(source, TILE)
+            zeros = k.load(codes.zeros, vector(I8, TILE), at).to(I32)
+            scales = codes.scale(at, TILE)
             for r in range(rows):
-                y = totals[r].get()
+                record = k.at(records, (block * rows + r) * _RECORD_BYTES)
+                sums = lane_sums(_dots(k, source, record)) - zeros * k.load(record, I32, _SUM).splat(TILE)
+                wide = sums.signed_to_float() * k.load(record, F32, _UNIT).splat(TILE)
+                place = k.at(found, (t * rows + r) * _VECTOR)
+                k.store(k.fma(wide, scales, k.load(place, _F32x16)), place)
+        with k.loop(0, here) as t:
+            n = (first + t) * TILE
+            for r in range(rows):
+                y = k.load(found, _F32x16, (t * rows + r) * _VECTOR)
                 write_outputs(k, y + k.load(bias, _F32x16, n * 4) if biased else y, out, k.int(r), N, n, BF16)
     k.done()
 
