@@ -1,6 +1,6 @@
 """Which of its forms an op runs: torch's operations, a Triton kernel of `kernels/gpu`, machine code of `kernels/cpu`.
 
-CUDA tensors run Triton, CPU tensors torch or, in quantised layers, machine code. With TRITON_INTERPRET=1 in the
+CUDA tensors run Triton, CPU tensors machine code where an op has it, or torch. With TRITON_INTERPRET=1 in the
 environment, where Triton runs its kernels in Python on the CPU, CPU tensors run them too: this is how they are tested
 without a GPU. Not those of bfloat16, on which the interpreter's `tl.dot` is wrong. The environment is read once: to
 look it up takes as long as a small operation.

@@ -28,9 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if level := machine_code(x, weight):
         from .cpu.rms_norm import rms_norm as by_row
 
-        return by_row(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps, None, level)[1].reshape(
-            x.shape
-        )
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return by_row(rows, weight.contiguous(), eps, None, level)[1].reshape(x.shape)
     # The order of the two casts is that of Llama: round the normalised value, then scale.
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -15,7 +15,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from .compiled import Compiled, threads_for
-from .emit import ELEMENTS, F32, Kernel, Value, as_float, load_floats, over_row, store_bits, to_bits, vector
+from .emit import ELEMENTS, F32, Kernel, Value, as_float, load_floats, over_row, size_of, store_bits, to_bits, vector
 
 _F32x16 = vector(F32, 16)
 
@@ -45,7 +45,7 @@ def _write(k: Kernel, element: ir.Type, eps: float, adds: bool, of: str) -> None
     """Arguments: x, added, weight, total, out; D."""
     given, added, weight, total, out = (k.address(i) for i in range(3, 8))
     D = k.argument(8)
-    size = 4 if element == F32 else 2
+    size = size_of(element)
     with k.units() as row:
         x, more, to, made = (k.at(one, row * D * size) for one in (given, added, total, out))
         squares = [k.variable(k.fill(_F32x16, 0)) for _ in range(4)]

@@ -20,8 +20,8 @@ from .emit import ELEMENTS, Kernel, Value, as_float, load_floats, size_of, store
 
 
 def takes(k_store: Tensor, v_store: Tensor) -> bool:
-    """Whether the stores' strides are those of the kernel."""
-    return k_store.stride(2) == v_store.stride(2) == 1
+    """Whether the stores' strides are those of the kernel, and heads have two halves."""
+    return k_store.shape[2] % 2 == 0 and k_store.stride(2) == v_store.stride(2) == 1
 
 
 def rope_append(qkv: Tensor, cos: Tensor, sin: Tensor, k_store: Tensor, v_store: Tensor, end: int, of: str) -> Tensor:

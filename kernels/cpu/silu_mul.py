@@ -14,7 +14,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from .compiled import Compiled, threads_for
-from .emit import ELEMENTS, F32, Kernel, Value, as_float, load_floats, over_row, store_bits, to_bits
+from .emit import ELEMENTS, Kernel, Value, as_float, load_floats, over_row, size_of, store_bits, to_bits
 
 
 def silu_mul(x: Tensor, of: str) -> Tensor:
@@ -33,7 +33,7 @@ def _kernel(dtype: torch.dtype, of: str) -> Compiled:
 def _write(k: Kernel, element: ir.Type, of: str) -> None:
     """Arguments: x, out; F."""
     given, made, F = k.address(3), k.address(4), k.argument(5)
-    size = 4 if element == F32 else 2
+    size = size_of(element)
     with k.units() as row:
         gates, out = k.at(given, row * F * (2 * size)), k.at(made, row * F * size)
         ups = k.at(gates, F * size)
